@@ -1,0 +1,50 @@
+"""AQuant: post-training quantization of CNNs with an adaptive rounding border.
+
+Public names are resolved when first used, so that importing ``aquant_core.config`` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aquant_core.capture import capture
+    from aquant_core.checkpoint import load
+    from aquant_core.config import QuantizationConfig
+    from aquant_core.graph import CapturedModel
+    from aquant_core.images import ImageSet, check_images, read_images
+    from aquant_core.pipeline import QuantizationResult, quantize
+    from aquant_core.progress import Progress
+
+_MODULE_OF_NAME = {
+    "CapturedModel": "graph",
+    "ImageSet": "images",
+    "Progress": "progress",
+    "QuantizationConfig": "config",
+    "QuantizationResult": "pipeline",
+    "capture": "capture",
+    "check_images": "images",
+    "load": "checkpoint",
+    "quantize": "pipeline",
+    "read_images": "images",
+}
+
+__all__ = [
+    "CapturedModel",
+    "ImageSet",
+    "Progress",
+    "QuantizationConfig",
+    "QuantizationResult",
+    "capture",
+    "check_images",
+    "load",
+    "quantize",
+    "read_images",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)

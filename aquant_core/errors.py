@@ -1,0 +1,74 @@
+"""Named errors of the core: what was wrong, with which value, and what to do about it."""
+
+from __future__ import annotations
+
+
+class AQuantError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        code: stable identifier, the same in the library, a job's failure and the HTTP problem document.
+        detail: what was wrong, naming the value.
+        remedy: what the caller can do about it.
+    """
+
+    code = "aquant_error"
+
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(f"{detail} {remedy}")
+        self.detail = detail
+        self.remedy = remedy
+
+
+class ModelFormatError(AQuantError):
+    """The file is not a model this package reads (or is damaged)."""
+
+    code = "model_invalid"
+
+
+class UnsupportedOperatorError(AQuantError):
+    """The network holds an operator that cannot be captured."""
+
+    code = "operator_unsupported"
+
+
+class UnknownArchitectureError(AQuantError):
+    """The architecture name is not in the catalogue."""
+
+    code = "architecture_unknown"
+
+
+class WeightsMismatchError(AQuantError):
+    """A state dict lacks weights, has extra ones, or has them in another shape."""
+
+    code = "weights_mismatch"
+
+
+class NonFiniteError(AQuantError):
+    """NaN or infinity in weights, images or outputs."""
+
+    code = "values_not_finite"
+
+
+class CaptureMismatchError(AQuantError):
+    """The captured graph does not reproduce the float model's outputs."""
+
+    code = "capture_mismatch"
+
+
+class ImageSetError(AQuantError):
+    """Calibration or evaluation images are unreadable, of a wrong shape, or too few."""
+
+    code = "images_invalid"
+
+
+class UnknownLayerError(AQuantError):
+    """The configuration names a layer that the network does not have."""
+
+    code = "layer_unknown"
+
+
+class CheckpointError(AQuantError):
+    """A quantized checkpoint is damaged, incomplete or of an unknown format version."""
+
+    code = "checkpoint_invalid"

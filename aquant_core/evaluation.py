@@ -1,0 +1,69 @@
+"""How good a quantized network is: accuracy where there are labels, likeness to the float network everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SMALL_IMAGE = 64 * 64
+
+
+def evaluation_batch_size(images: Tensor) -> int:
+    """Images a batch: fixed by their size, since another batch may sum in another order."""
+    return 256 if images.shape[2] * images.shape[3] <= _SMALL_IMAGE else 32
+
+
+@torch.inference_mode()
+def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """(N, classes) outputs of all images, batch by batch."""
+    return torch.cat([model(batch) for batch in images.split(evaluation_batch_size(images))]).flatten(1)
+
+
+def logits_digest(logits: Tensor) -> str:
+    """sha256 of the float32 little-endian logits."""
+    return hashlib.sha256(logits.cpu().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Top-1 and top-5 as fractions, n, and top-1's 95 % interval (Wilson)."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = top == labels[:, None]
+    count = len(labels)
+    top1 = float(hits[:, 0].float().mean())
+    return {
+        "top1": round(top1, 6),
+        "top5": round(float(hits.any(1).float().mean()), 6),
+        "n": count,
+        "interval": [round(bound, 6) for bound in wilson_interval(top1, count)],
+    }
+
+
+def wilson_interval(fraction: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a fraction of ``count`` trials (Wilson 1927)."""
+    centre = fraction + z * z / (2 * count)
+    spread = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+
+
+def fidelity(logits: Tensor, float_logits: Tensor) -> dict[str, Any]:
+    """Share of equal decisions, mean cosine of the logits, and their signal-to-quantization-noise ratio in dB."""
+    cosine = torch.nn.functional.cosine_similarity(logits, float_logits, dim=1)
+    return {
+        "agreement": round(float((logits.argmax(1) == float_logits.argmax(1)).float().mean()), 6),
+        "cosine": round(float(cosine.mean()), 6),
+        "sqnr_db": round(sqnr_db(logits, float_logits), 3),
+        "n": len(logits),
+    }
+
+
+def sqnr_db(approximate: Tensor, exact: Tensor) -> float:
+    """10 log10 of the exact values' energy over the error's; 200 dB stands for no error."""
+    noise = float((approximate - exact).double().square().sum())
+    signal = float(exact.double().square().sum())
+    return 200.0 if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

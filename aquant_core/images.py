@@ -1,0 +1,177 @@
+"""Calibration and evaluation images: reading them, and checking that they can be used."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aquant_core.config import QuantizationConfig
+from aquant_core.errors import ImageSetError, NonFiniteError, UnknownLayerError
+from aquant_core.graph import CapturedModel
+
+MINIMUM_IMAGES = 16
+ENOUGH_IMAGES = 256
+_REMEDY = (
+    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,)."
+)
+Kind = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as the network takes them, and their classes if known.
+
+    Attributes:
+        images: (N, C, H, W) float32.
+        labels: (N,) int64, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def digest(self) -> str:
+        """sha256 over the images and the labels."""
+        sha = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        sha.update(self.images.contiguous().numpy().tobytes())
+        if self.labels is not None:
+            sha.update(self.labels.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file with ``images`` and ``labels``."""
+        labels = {} if self.labels is None else {"labels": self.labels.contiguous()}
+        save_file({"images": self.images.contiguous(), **labels}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ImageSet:
+        """Reads what ``save`` wrote; see ``read_images``."""
+        return read_images(path)
+
+
+def read_images(path: str | Path, what: Kind = "calibration") -> ImageSet:
+    """Reads an image file and checks it by itself.
+
+    uint8 images are scaled to [0, 1]; floats are taken as they are.
+
+    Args:
+        path: ``.npz`` (arrays ``images`` and, optionally, ``labels``; a single array of any name will do), ``.npy``,
+            or ``.safetensors``. The content decides, not the name. Nothing is unpickled.
+        what: how error messages call the set.
+
+    Raises:
+        ImageSetError: unreadable, or of a wrong shape or type.
+        NonFiniteError: NaN or infinity.
+    """
+    arrays = _read_arrays(Path(path), what)
+    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
+    if images is None:
+        raise ImageSetError(f"The {what} file has arrays {sorted(arrays)}, none called images.", _REMEDY)
+    if images.ndim != 4 or images.size == 0:
+        raise ImageSetError(f"The {what} images have shape {images.shape}, not (N, C, H, W).", _REMEDY)
+    if images.dtype == np.uint8:
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).float().div_(255.0)
+    elif images.dtype.kind == "f":
+        tensor = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+    else:
+        raise ImageSetError(f"The {what} images are {images.dtype}, not uint8 or float.", _REMEDY)
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum())
+        raise NonFiniteError(f"{bad} of {len(tensor)} {what} images hold NaN or infinity.", "Remove them.")
+    return ImageSet(tensor, _read_labels(arrays.get("labels"), len(tensor), what))
+
+
+def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ImageSetError(
+            f"The {what} labels are {labels.dtype} of shape {labels.shape}, not integers of shape ({count},).", _REMEDY
+        )
+    if labels.min() < 0:
+        raise ImageSetError(f"The {what} labels go down to {labels.min()}.", "Classes are numbered from 0.")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:9] == b"{" and not head.startswith(b"PK"):
+            return dict(load_file(path))
+        loaded: Any = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"images": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
+
+
+def check_images(
+    model: CapturedModel, calibration: ImageSet, config: QuantizationConfig, evaluation: ImageSet | None = None
+) -> list[str]:
+    """Checks that images, network and configuration belong together, before anything is computed.
+
+    Returns:
+        Warnings that do not stop the run.
+
+    Raises:
+        ImageSetError: too few images, duplicates only, another shape than the network's, labels beyond its classes.
+        UnknownLayerError: the configuration names a layer that the network does not have.
+    """
+    names = [node.name for node in model.layers]
+    for name in config.layers:
+        if name not in names:
+            raise UnknownLayerError(f"layers: {name!r} is not a layer of this network.", f"It has {', '.join(names)}.")
+    if len(calibration) < MINIMUM_IMAGES:
+        raise ImageSetError(
+            f"{len(calibration)} calibration images are too few.", f"Give {MINIMUM_IMAGES} or more; 1,024 are usual."
+        )
+    check_image_shape(model.input_shape, calibration.images, "calibration")
+    warnings = []
+    distinct = len(torch.unique(calibration.images.flatten(1), dim=0)) if len(calibration) <= 4096 else len(calibration)
+    if distinct == 1:
+        raise ImageSetError("All calibration images are the same.", "Give images like those the network will see.")
+    if distinct < len(calibration):
+        warnings.append(f"{len(calibration) - distinct} of {len(calibration)} calibration images are duplicates.")
+    if len(calibration) < ENOUGH_IMAGES:
+        warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
+    if evaluation is not None:
+        check_image_shape(model.input_shape, evaluation.images, "evaluation")
+        if evaluation.labels is not None:
+            classes = int(model(evaluation.images[:1]).shape[1])
+            highest = int(evaluation.labels.max())
+            if highest >= classes:
+                raise ImageSetError(
+                    f"The evaluation labels go up to {highest}, the network has {classes} classes.",
+                    f"Number the classes from 0 to {classes - 1}.",
+                )
+    return warnings
+
+
+def check_image_shape(wanted: Sequence[int | None], images: Tensor, what: Kind) -> None:
+    """Compares (N, C, H, W) images with the (C, H, W) a network takes, None being free.
+
+    Raises:
+        ImageSetError: they differ.
+    """
+    shape = tuple(images.shape[1:])
+    if any(size is not None and size != got for size, got in zip(wanted, shape, strict=True)):
+        raise ImageSetError(
+            f"The {what} images are {shape}, the network takes {tuple(wanted)} (channels, height, width).",
+            "Resize or convert them as for training.",
+        )

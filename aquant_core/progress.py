@@ -1,0 +1,36 @@
+"""What a running quantization says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["intake", "capture", "nearest", "reconstruct", "evaluate", "save"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One progress report.
+
+    Attributes:
+        stage: the step of the pipeline under way.
+        block: one-based number of the block under reconstruction, 0 outside ``reconstruct``.
+        blocks: number of blocks of the network.
+        iteration: step within the block.
+        iterations: steps per block.
+        loss: reconstruction loss of that step (Algorithm 1's MSE, without the regulariser).
+        eta_seconds: estimated seconds until all blocks are done; None while unknown.
+    """
+
+    stage: Stage
+    block: int = 0
+    blocks: int = 0
+    iteration: int = 0
+    iterations: int = 0
+    loss: float | None = None
+    eta_seconds: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+"""Called from the thread that quantizes; an exception raised here ends the run and reaches its caller."""

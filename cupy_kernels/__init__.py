@@ -1,0 +1,1 @@
+"""Ground floor: border quantization of activations, one operator at a time."""

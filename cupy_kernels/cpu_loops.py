@@ -1,0 +1,390 @@
+"""Border quantization for CPUs: the reference's arithmetic in fused loops, compiled by numba when first used.
+
+One (image, channel) plane at a time stays in cache from the padded map to the finished columns. Each operation is
+rounded as the reference rounds it (no fast-math, no contraction), so codes are equal bit for bit; gradients differ in
+the order of their sums alone. Planes are independent and their partial sums are added in a fixed order, so the
+number of threads changes nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from cupy_kernels.specification import (
+    SCALE_OF_BOUND,
+    SIGMOID_LIMIT,
+    SIGMOID_P0,
+    SIGMOID_P1,
+    SIGMOID_P2,
+    SIGMOID_Q1,
+    SIGMOID_Q2,
+    Bound,
+    BorderSpecification,
+    Window,
+)
+
+# float32 constants: a Python float would lift the whole expression to float64.
+_ZERO, _QUARTER, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.25, 0.5, 1.0, 2.0))
+_FACTOR, _LIMIT = np.float32(SCALE_OF_BOUND), np.float32(SIGMOID_LIMIT)
+_P0, _P1, _P2 = np.float32(SIGMOID_P0), np.float32(SIGMOID_P1), np.float32(SIGMOID_P2)
+_Q1, _Q2 = np.float32(SIGMOID_Q1), np.float32(SIGMOID_Q2)
+_STEEP, _STRETCHED, _CLIP = 0, 1, 2
+_NUMBER_OF_BOUND: dict[Bound, int] = {"steep": _STEEP, "stretched": _STRETCHED, "clip": _CLIP}
+
+
+# error_model="numpy": without Python's check for a zero divisor the loops vectorise. Clamps are written so that a NaN
+# passes through them, as it does in torch.
+_loop = partial(njit, error_model="numpy")
+_inline = partial(njit, error_model="numpy", inline="always")
+
+
+@_inline()
+def _clamp(value, low, high):  # type: ignore[no-untyped-def]
+    value = high if value > high else value
+    return low if value < low else value
+
+
+@_inline()
+def _sigmoid_minus_half(w):  # type: ignore[no-untyped-def]
+    w = _clamp(w, -_LIMIT, _LIMIT)
+    z = w * w
+    return (((z * _P2 + _P1) * z + _P0) * w) / ((z * _Q2 + _Q1) * z + _ONE)
+
+
+@_loop()
+def _shifts(u, b, bound, e):  # type: ignore[no-untyped-def]
+    """e of every window for one position, from the position's u and its (b0, b1, b2)."""
+    b0, b1, b2 = b[0], b[1], b[2]
+    if bound == _STEEP:
+        for i in range(e.shape[0]):
+            e[i] = _sigmoid_minus_half(((u[i] * b2 + b1) * u[i] + b0) * _FACTOR)
+    elif bound == _STRETCHED:
+        for i in range(e.shape[0]):
+            e[i] = _clamp(_sigmoid_minus_half((u[i] * b2 + b1) * u[i] + b0) * _FACTOR, -_HALF, _HALF)
+    else:
+        for i in range(e.shape[0]):
+            e[i] = _clamp((u[i] * b2 + b1) * u[i] + b0, -_HALF, _HALF)
+
+
+@_loop()
+def _multiply_by_slopes(u, e, b, bound, of_e):  # type: ignore[no-untyped-def]
+    """Turns the gradient of e into that of v, in place."""
+    if bound == _STEEP:
+        for i in range(e.shape[0]):
+            of_e[i] *= (_QUARTER - e[i] * e[i]) * _FACTOR
+    elif bound == _STRETCHED:
+        for i in range(e.shape[0]):
+            h = e[i] / _FACTOR
+            of_e[i] *= (_QUARTER - h * h) * _FACTOR if abs(e[i]) < _HALF else _ZERO
+    else:
+        b0, b1, b2 = b[0], b[1], b[2]
+        for i in range(e.shape[0]):
+            of_e[i] *= _ONE if abs((u[i] * b2 + b1) * u[i] + b0) <= _HALF else _ZERO
+
+
+@_loop()
+def _fill_plane(x, scale, zero_point, levels, pads, t, u):  # type: ignore[no-untyped-def]
+    """Padded maps of t and u of one (H, W) plane."""
+    inverse = _ONE / levels
+    t[:] = zero_point
+    for row in range(x.shape[0]):
+        source, target = x[row], t[row + pads[0], pads[1] : pads[1] + x.shape[1]]
+        for column in range(x.shape[1]):
+            target[column] = source[column] / scale + zero_point
+    for row in range(t.shape[0]):
+        source, target = t[row], u[row]
+        for column in range(t.shape[1]):
+            target[column] = _clamp(source[column], _ZERO, levels) * inverse
+
+
+@_inline()
+def _corner(position, geometry):  # type: ignore[no-untyped-def]
+    """Row and column, in the padded map, of a position's element in the first window."""
+    kernel_x, _, _, dilation_y, dilation_x = geometry
+    return position // kernel_x * dilation_y, position % kernel_x * dilation_x
+
+
+@_loop()
+def _gather(padded, position, geometry, size, out):  # type: ignore[no-untyped-def]
+    """The elements of one position, window by window, from the padded map into a flat row."""
+    (top, left), step_y, step_x = _corner(position, geometry), geometry[1], geometry[2]
+    for row in range(size[0]):
+        source, target = padded[row * step_y + top], out[row * size[1] : (row + 1) * size[1]]
+        if step_x == 1:
+            target[:] = source[left : left + size[1]]
+        else:
+            for column in range(size[1]):
+                target[column] = source[left + column * step_x]
+
+
+@_loop()
+def _scatter_add(values, position, geometry, size, padded):  # type: ignore[no-untyped-def]
+    """The adjoint of ``_gather``."""
+    (top, left), step_y, step_x = _corner(position, geometry), geometry[1], geometry[2]
+    for row in range(size[0]):
+        source, target = values[row * size[1] : (row + 1) * size[1]], padded[row * step_y + top]
+        if step_x == 1:
+            shifted = target[left : left + size[1]]
+            for column in range(size[1]):
+                shifted[column] += source[column]
+        else:
+            for column in range(size[1]):
+                target[left + column * step_x] += source[column]
+
+
+@_loop()
+def _zero_padding(values, position, geometry, pads, extent, size):  # type: ignore[no-untyped-def]
+    """Zeroes, in a flat row of windows, those whose element at this position is padding."""
+    top, left = _corner(position, geometry)
+    for row in range(size[0]):
+        y = row * geometry[1] + top - pads[0]
+        windows = values[row * size[1] : (row + 1) * size[1]]
+        if y < 0 or y >= extent[0]:
+            windows[:] = _ZERO
+            continue
+        for column in range(size[1]):
+            x = column * geometry[2] + left - pads[1]
+            if x >= 0:
+                break
+            windows[column] = _ZERO
+        for column in range(size[1] - 1, -1, -1):
+            x = column * geometry[2] + left - pads[1]
+            if x < extent[1]:
+                break
+            windows[column] = _ZERO
+
+
+@_loop()
+def _fuse(u, border, alpha, geometry, bound, size, u_here, e, b):  # type: ignore[no-untyped-def]
+    """Eq. 9 over one plane: B of every window, into ``b``; u_here and e are scratch."""
+    positions = border.shape[1]
+    inverse = _ONE / np.float32(positions)
+    for position in range(positions):
+        _gather(u, position, geometry, size, u_here)
+        _shifts(u_here, border[:, position], bound, e)
+        weight = alpha[position]
+        for i in range(b.shape[0]):
+            b[i] = e[i] * weight + (b[i] if position > 0 else _ZERO)
+    for i in range(b.shape[0]):
+        b[i] = b[i] * inverse + _HALF
+
+
+@_loop()
+def _unfused_border(u, b_of_position, position, geometry, bound, size, u_here, b):  # type: ignore[no-untyped-def]
+    """B of every window for one position, without fusion."""
+    _gather(u, position, geometry, size, u_here)
+    _shifts(u_here, b_of_position, bound, b)
+    for i in range(b.shape[0]):
+        b[i] += _HALF
+
+
+@_loop()
+def _quantize(t, b, scale, zero_point, levels, rounding, out):  # type: ignore[no-untyped-def]
+    if rounding == _ONE:
+        for i in range(out.shape[0]):
+            out[i] = (_clamp(np.ceil(t[i] - b[i]), _ZERO, levels) - zero_point) * scale
+    else:
+        for i in range(out.shape[0]):
+            q = (np.ceil(t[i] - b[i]) - t[i]) * rounding + t[i]
+            out[i] = (_clamp(q, _ZERO, levels) - zero_point) * scale
+
+
+@_loop(parallel=True, cache=True)
+def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):  # type: ignore[no-untyped-def]  # noqa: E501
+    images, channels, height, width = x.shape
+    positions, windows = out.shape[2:]
+    for plane in prange(images * channels):
+        n, c = plane // channels, plane % channels
+        t = np.empty((height + 2 * pads[0], width + 2 * pads[1]), np.float32)
+        u = np.empty_like(t)
+        b = np.full(windows, _HALF, np.float32)
+        t_here, u_here = np.empty_like(b), np.empty_like(b)
+        _fill_plane(x[n, c], scale, zero_point, levels, pads, t, u)
+        if bordered and fused:
+            _fuse(u, border[c], alpha[c], geometry, bound, size, u_here, t_here, b)
+        for position in range(positions):
+            if bordered and not fused:
+                _unfused_border(u, border[c, :, position], position, geometry, bound, size, u_here, b)
+            _gather(t, position, geometry, size, t_here)
+            target = out[n, c, position]
+            _quantize(t_here, b, scale, zero_point, levels, rounding, target)
+            _zero_padding(target, position, geometry, pads, (height, width), size)
+
+
+@_loop(fastmath={"reassoc", "nsz"})
+def _sum_of_products(a, b):  # type: ignore[no-untyped-def]
+    """A dot product whose order of summation is the compiler's: vectorised, the same on one kind of machine."""
+    total = _ZERO
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@_loop(fastmath={"reassoc", "nsz"})
+def _sum(a):  # type: ignore[no-untyped-def]
+    total = _ZERO
+    for i in range(a.shape[0]):
+        total += a[i]
+    return total
+
+
+@_loop()
+def _backward_of_rounding(t, b, g, scale, zero_point, levels, rounding, of_scale, of_t, of_b):  # type: ignore[no-untyped-def]
+    """From the gradient of x_hat to those of s (direct part), t and B, element by element."""
+    for i in range(t.shape[0]):
+        rounded = np.ceil(t[i] - b[i])
+        q = rounded if rounding == _ONE else (rounded - t[i]) * rounding + t[i]
+        of_scale[i] = _clamp(q, _ZERO, levels) - zero_point
+        passed = g[i] * scale if q >= _ZERO and q <= levels else _ZERO
+        of_t[i] = passed
+        of_b[i] = -(passed * rounding)
+
+
+@_loop()
+def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, sums, of_t):  # type: ignore[no-untyped-def]
+    """Of one position: sums for b0, b1, b2 and alpha; ``of_t`` receives the part through u; ``of_e`` is consumed."""
+    inverse = _ONE / levels
+    _shifts(u, b, bound, e)
+    sums[3] = _sum_of_products(of_e, e)
+    for i in range(e.shape[0]):
+        of_e[i] *= alpha
+    _multiply_by_slopes(u, e, b, bound, of_e)
+    sums[0] = _sum(of_e)
+    sums[1] = _sum_of_products(of_e, u)
+    for i in range(e.shape[0]):
+        e[i] = of_e[i] * u[i]
+    sums[2] = _sum_of_products(e, u)
+    if input_gradient:
+        b1, twice_b2 = b[1], _TWO * b[2]
+        for i in range(e.shape[0]):
+            free = t[i] > _ZERO and t[i] < levels
+            of_t[i] = of_e[i] * (twice_b2 * u[i] + b1) * inverse if free else _ZERO
+    else:
+        of_t[:] = _ZERO
+
+
+@_loop(parallel=True, cache=True)
+def _backward(grad, x, scale, zero_point, levels, border, alpha, bordered, fused, bound, input_gradient, rounding, pads, geometry, size, grad_x, sums_of_scale, sums_of_border):  # type: ignore[no-untyped-def]  # noqa: E501
+    images, channels, height, width = x.shape
+    positions, windows = grad.shape[2:]
+    inverse_positions = _ONE / np.float32(positions)
+    for plane in prange(images * channels):
+        n, c = plane // channels, plane % channels
+        t = np.empty((height + 2 * pads[0], width + 2 * pads[1]), np.float32)
+        u, of_t = np.empty_like(t), np.zeros_like(t)
+        b = np.full(windows, _HALF, np.float32)
+        t_here, u_here, g, e = np.empty_like(b), np.empty_like(b), np.empty_like(b), np.empty_like(b)
+        of_scale, of_b, of_t_here, total_of_b = np.empty_like(b), np.empty_like(b), np.empty_like(b), np.zeros_like(b)
+        _fill_plane(x[n, c], scale, zero_point, levels, pads, t, u)
+        if bordered and fused:
+            _fuse(u, border[c], alpha[c], geometry, bound, size, u_here, e, b)
+        sum_of_scale = np.float64(0.0)
+        for position in range(positions):
+            b_of_position = border[c, :, position]
+            if bordered and not fused:
+                _unfused_border(u, b_of_position, position, geometry, bound, size, u_here, b)
+            _gather(t, position, geometry, size, t_here)
+            g[:] = grad[n, c, position]
+            _zero_padding(g, position, geometry, pads, (height, width), size)
+            _backward_of_rounding(t_here, b, g, scale, zero_point, levels, rounding, of_scale, of_t_here, of_b)
+            sum_of_scale += np.float64(_sum_of_products(of_scale, g))
+            _scatter_add(of_t_here, position, geometry, size, of_t)
+            if bordered and fused:
+                for i in range(windows):
+                    total_of_b[i] += of_b[i]
+            elif bordered:
+                sums = sums_of_border[n, c, position]
+                _backward_of_shifts(
+                    t_here, u_here, e, of_b, _ONE, b_of_position, bound, levels, input_gradient, sums, of_t_here
+                )
+                _scatter_add(of_t_here, position, geometry, size, of_t)
+        if bordered and fused:
+            for i in range(windows):
+                total_of_b[i] *= inverse_positions
+            for position in range(positions):
+                _gather(t, position, geometry, size, t_here)
+                _gather(u, position, geometry, size, u_here)
+                of_b[:] = total_of_b
+                sums, b_of_position = sums_of_border[n, c, position], border[c, :, position]
+                _backward_of_shifts(
+                    t_here, u_here, e, of_b, alpha[c, position], b_of_position, bound, levels, input_gradient, sums,
+                    of_t_here,
+                )  # fmt: skip
+                _scatter_add(of_t_here, position, geometry, size, of_t)
+        for row in range(height):
+            source, target = of_t[row + pads[0], pads[1] : pads[1] + width], grad_x[n, c, row]
+            for column in range(width):
+                target[column] = source[column] / scale
+            sum_of_scale -= np.float64(_sum_of_products(target, x[n, c, row]) / scale)
+        sums_of_scale[n, c] = sum_of_scale
+
+
+def _plane_view(x: Tensor, window: Window) -> np.ndarray:
+    """The map as an array; a window of one pixel sees each plane as one long row."""
+    array: np.ndarray = x.contiguous().numpy()
+    return array.reshape(*array.shape[:2], 1, -1) if window.is_pixel else array
+
+
+def _arguments(
+    x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification
+) -> tuple[object, ...]:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    channels, positions = x.shape[1], window.positions
+    coefficients = np.zeros((channels, 3, positions), np.float32)  # b2 = 0 is the linear form
+    if border is not None:
+        coefficients[:, : len(border)] = border.transpose(0, 1).numpy()
+    weights = np.ones((channels, positions), np.float32) if alpha is None else np.ascontiguousarray(alpha.numpy())
+    bound = _NUMBER_OF_BOUND[spec.bound]
+    return (
+        np.float32(scale.item()), np.float32(spec.zero_point), np.float32(spec.levels), coefficients, weights,
+        border is not None, spec.fused, bound,
+    )  # fmt: skip
+
+
+def _geometry(window: Window) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
+    return window.padding, (window.kernel_size[1], *window.stride, *window.dilation)
+
+
+def forward(
+    x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification,
+    rounding: float,
+) -> Tensor:  # fmt: skip
+    """See ``reference.forward``."""
+    planes = _plane_view(x, window)
+    size = window.output_size(*planes.shape[2:])
+    out = torch.empty(x.shape[0], x.shape[1], window.positions, size[0] * size[1])
+    arguments = _arguments(x, scale, border, alpha, window, spec)
+    _forward(planes, *arguments, np.float32(rounding), *_geometry(window), size, out.numpy())
+    return out.view(x.shape[0], x.shape[1] * window.positions, -1)
+
+
+def backward(
+    grad: Tensor, x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window,
+    spec: BorderSpecification, rounding: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See ``reference.backward``."""
+    planes = _plane_view(x, window)
+    images, channels = planes.shape[:2]
+    positions = window.positions
+    size = window.output_size(*planes.shape[2:])
+    grads = grad.contiguous().numpy().reshape(images, channels, positions, -1)
+    grad_x = np.empty_like(planes)
+    sums_of_scale = torch.empty(images, channels, dtype=torch.float64)
+    sums_of_border = torch.empty(images, channels, positions, 4)
+    arguments = _arguments(x, scale, border, alpha, window, spec)
+    _backward(
+        grads, planes, *arguments, spec.input_gradient, np.float32(rounding), *_geometry(window), size, grad_x,
+        sums_of_scale.numpy(), sums_of_border.numpy(),
+    )  # fmt: skip
+    grad_border = grad_alpha = None
+    if border is not None:
+        totals = sums_of_border.sum(0).permute(2, 0, 1)  # (4, C, K)
+        grad_border = totals[: len(border)].contiguous()
+        grad_alpha = None if alpha is None else totals[3].contiguous()
+    return torch.from_numpy(grad_x).view_as(x), sums_of_scale.sum().to(scale.dtype), grad_border, grad_alpha

@@ -1,0 +1,37 @@
+"""Turns a job's row into the document the API shows."""
+
+from __future__ import annotations
+
+from aquant_core.config import QuantizationConfig
+from service.jobs.records import JobRecord
+from service.jobs.schemas import FileInfo, JobDocument, JobLinks, JobProgress, Problem
+from service.jobs.states import JobState
+
+
+def describe(job: JobRecord, queue_position: int | None = None) -> JobDocument:
+    """The document of a job."""
+    here = f"/jobs/{job.id}"
+    done = job.state == JobState.SUCCEEDED
+    return JobDocument(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        queue_position=queue_position,
+        progress=JobProgress.model_validate(job.progress or {}),
+        attempt=job.attempt,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        config=QuantizationConfig.model_validate(job.config),
+        files={
+            artifact.name: FileInfo(size=artifact.size, sha256=artifact.sha256, format=artifact.format)
+            for artifact in sorted(job.artifacts, key=lambda artifact: artifact.name)
+        },
+        error=None if job.error is None else Problem.model_validate(job.error),
+        links=JobLinks(
+            self=here,
+            cancel=f"{here}/cancel" if job.state in (JobState.QUEUED, JobState.RUNNING) else None,
+            report=f"{here}/report" if done else None,
+            checkpoint=f"{here}/checkpoint" if done else None,
+        ),
+    )

@@ -1,0 +1,65 @@
+"""Probes: is the process alive, and can it do its work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.api.deps import Parts, PartsDep
+from service.api.problems import RESPONSE, problem
+from service.jobs.queue import QueueDownError
+from service.jobs.repository import JobRepository, now
+from service.jobs.schemas import Health, WorkerInfo
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+WORKER_ALIVE_SECONDS = 20.0
+
+
+@router.get("/live")
+def live() -> Health:
+    """The process answers."""
+    return Health(status="ok")
+
+
+@router.get("/ready", response_model=Health, responses={503: RESPONSE})
+def ready(parts: PartsDep) -> Response:
+    """Database and broker answer; whether workers are alive is told, but jobs can be taken in without."""
+    checks: dict[str, str] = {}
+    workers: list[WorkerInfo] = []
+    try:
+        workers = _workers(parts)
+        checks["database"] = "ok"
+    except SQLAlchemyError as error:
+        checks["database"] = f"unavailable: {type(error).__name__}"
+    try:
+        parts.queue.depth()
+        checks["broker"] = "ok"
+    except QueueDownError:
+        checks["broker"] = "unavailable"
+    alive = sum(worker.alive for worker in workers)
+    checks["workers"] = f"{alive} alive"
+    faulty = [name for name in ("database", "broker") if checks[name] != "ok"]
+    if faulty:
+        return problem(
+            503,
+            "not_ready",
+            f"Not available: {', '.join(faulty)}.",
+            "Start it, or see the server's log; this probe turns green by itself.",
+            checks=checks,
+            workers=[worker.model_dump() for worker in workers],
+        )
+    document = Health(status="ok", checks=checks, workers=workers)
+    return Response(document.model_dump_json(), media_type="application/json")
+
+
+def _workers(parts: Parts) -> list[WorkerInfo]:
+    with parts.sessions() as session:
+        ages = {
+            worker.name: (now() - worker.seen_at).total_seconds()
+            for worker in JobRepository(session).workers()
+        }
+    return [
+        WorkerInfo(name=name, seconds_since_seen=round(age, 1), alive=age < WORKER_ALIVE_SECONDS)
+        for name, age in ages.items()
+    ]

@@ -1,0 +1,104 @@
+"""Every error as an RFC 9457 problem document: the service's own, the framework's, and the unforeseen."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from service.jobs.errors import ServiceError
+from service.jobs.schemas import Problem
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+STATUS = {
+    "job_not_found": HTTPStatus.NOT_FOUND,
+    "job_state_conflict": HTTPStatus.CONFLICT,
+    "artifact_not_ready": HTTPStatus.CONFLICT,
+    "cursor_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "form_invalid": HTTPStatus.BAD_REQUEST,
+    "content_type_unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "upload_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "upload_empty": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "model_format_unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "model_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "architecture_missing": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "images_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "range_not_satisfiable": HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+}
+"""HTTP status of each of the service's error codes."""
+
+REMEDIES = {
+    404: ("not_found", "See /docs for the paths there are."),
+    405: ("method_not_allowed", "See the Allow header, or /docs."),
+    413: ("body_too_large", "Send a smaller body."),
+    415: ("content_type_unsupported", "See /docs for the content type of this call."),
+}
+
+RESPONSE: dict[str, Any] = {
+    "description": "A problem document",
+    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+"""OpenAPI's entry for a problem."""
+
+
+def problem(
+    status: int, code: str, detail: str, remedy: str, headers: dict[str, str] | None = None, **members: Any
+) -> Response:
+    """A problem as a response; ``members`` are extension members of the document."""
+    document = Problem(
+        title=HTTPStatus(status).phrase, status=status, code=code, detail=detail, remedy=remedy, **members
+    )
+    return Response(document.model_dump_json(), status, headers, MEDIA_TYPE)
+
+
+async def _service_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return problem(STATUS[error.code], error.code, error.detail, error.remedy)
+
+
+async def _invalid_request(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = [f"{' '.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+    return problem(
+        422, "request_invalid", f"{'; '.join(faults)}.", "See /docs for the parameters of this call."
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code, remedy = REMEDIES.get(error.status_code, ("http_error", "See /docs."))
+    detail = f"{request.method} {request.url.path}: {error.detail}."
+    return problem(error.status_code, code, detail, remedy, dict(error.headers or {}))
+
+
+async def _disconnected(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)  # nobody is there to read it
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem(
+        500,
+        "internal_error",
+        "The service met an error it did not expect.",
+        "Try again; if it stays, report it with the time of this call: the server's log has the details.",
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make the application answer with problems."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(Exception, _unforeseen)

@@ -1,0 +1,107 @@
+"""The endpoints of a finished job's files: report and checkpoint, the latter in ranges."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+
+from service.api.deps import Parts, PartsDep
+from service.api.problems import RESPONSE, problem
+from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.repository import JobRepository
+from service.jobs.states import FINISHED
+
+router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE})
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+@dataclass(frozen=True)
+class _File:
+    key: str
+    size: int
+    etag: str
+
+
+@router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
+async def report(
+    parts: PartsDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """The accuracy report of a job that succeeded."""
+    file = await run_in_threadpool(_find, parts, job_id, "report")
+    headers = {"ETag": file.etag}
+    if if_none_match is not None and file.etag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+@router.head("/jobs/{job_id}/checkpoint", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/checkpoint",
+    responses={
+        200: {"content": {"application/octet-stream": {}}, "description": "The whole file"},
+        206: {"content": {"application/octet-stream": {}}, "description": "The range asked for"},
+    },
+)
+async def checkpoint(
+    request: Request,
+    parts: PartsDep,
+    job_id: str,
+    range: Annotated[str | None, Header(description="One range of bytes.")] = None,
+    if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
+    file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    headers = {
+        "ETag": file.etag,
+        "Accept-Ranges": "bytes",
+        "Content-Disposition": f'attachment; filename="aquant-{job_id}.safetensors"',
+    }
+    if if_none_match is not None and file.etag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    start, stop, status = 0, file.size, 200
+    match = _RANGE.fullmatch(range.strip()) if range is not None else None
+    # A Range that cannot be read, or asks for several pieces, may be ignored (RFC 9110, 14.2).
+    if match and match.group(0) != "bytes=-" and if_range in (None, file.etag):
+        first, last = match.groups()
+        if first:
+            start, stop = int(first), min(file.size, int(last) + 1 if last else file.size)
+        else:
+            start = max(0, file.size - int(last))
+        if start >= stop:
+            return problem(
+                416,
+                "range_not_satisfiable",
+                f"The range {range!r} lies outside the file's {file.size} bytes.",
+                "Ask for a range that begins inside the file.",
+                {"Content-Range": f"bytes */{file.size}"},
+            )
+        status = 206
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
+    headers["Content-Length"] = str(stop - start)
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(
+        parts.artifacts.stream(file.key, start, stop), status, headers, "application/octet-stream"
+    )
+
+
+def _find(parts: Parts, job_id: str, name: str) -> _File:
+    with parts.sessions() as session:
+        job = JobRepository(session).get(job_id)
+        artifact = job.artifact(name)
+        if artifact is None:
+            raise ArtifactNotReadyError(
+                f"Job {job_id} is {job.state} and has no {name}.",
+                "It never will; see the job's error."
+                if job.state in FINISHED
+                else "Ask again once it has succeeded.",
+            )
+        return _File(artifact.key, artifact.size, f'"{artifact.sha256}"')

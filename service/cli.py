@@ -1,0 +1,242 @@
+"""The command line: `aquant up` runs the service, the other commands talk to one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from service.client import Client
+    from service.jobs.schemas import JobDocument
+
+COMMAND_GROUP = "aquant.commands"
+"""Entry points of this group are commands of other packages: a function, named as the command is."""
+
+app = typer.Typer(
+    name="aquant",
+    help="Post-training quantization of CNNs to 2-8 bits with an adaptive rounding border.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[str, typer.Option("--url", envvar="AQUANT_URL", help="Address of the service.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+JobId = Annotated[str, typer.Argument(help="The job's id.")]
+
+
+@app.command()
+def up(
+    port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+) -> None:
+    """Start broker, API and worker on this machine; Ctrl-C stops all three."""
+    from service.local import MissingExtraError, StackError, local_stack
+    from service.settings import Settings
+
+    given = {"port": port, "data_dir": data_dir}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with local_stack(
+            settings, lambda part: typer.echo(f"{part.name:<7} {part.address}  (log: {part.log})")
+        ) as stack:
+            typer.echo(f"ready   {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
+            stack.watch()
+    except KeyboardInterrupt:
+        typer.echo("stopped")
+    except (MissingExtraError, StackError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def submit(
+    model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")
+    ],
+    weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="aquant, qdrop_refactored, aquant_no_border, nearest.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Send a model to be quantized; prints the job's id."""
+    options = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "method": method,
+        "preset": preset,
+        "architecture": architecture,
+        "seed": seed,
+    }
+    with _client(url) as client:
+        job = client.submit(model, calibration, _configuration(config, options), evaluation)
+        typer.echo(job.id)
+        if watch:
+            _follow(client, job.id)
+
+
+@app.command("watch")
+def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Follow a job to its end."""
+    with _client(url) as client:
+        _follow(client, job_id)
+
+
+@app.command()
+def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Print a job's document."""
+    with _client(url) as client:
+        typer.echo(client.get(job_id).model_dump_json(indent=2))
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20, url: Url = DEFAULT_URL
+) -> None:
+    """List the newest jobs."""
+    with _client(url) as client:
+        for job in client.list(limit=limit).jobs:
+            config = job.config
+            bits = f"W{config.weight_bits}A{config.activation_bits}"
+            typer.echo(
+                f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {config.method} {bits}"
+            )
+
+
+@app.command()
+def report(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Print the report of a job that succeeded, as JSON."""
+    with _client(url) as client:
+        typer.echo(json.dumps(client.report(job_id), indent=2))
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="File to write.")] = Path(
+        "quantized.safetensors"
+    ),
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Fetch the checkpoint of a job that succeeded."""
+    with _client(url) as client:
+        typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
+
+
+@app.command()
+def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Stop a job."""
+    with _client(url) as client:
+        typer.echo(client.cancel(job_id).state)
+
+
+def main() -> None:
+    """Run the command line; errors meant for the user are printed without a traceback."""
+    from pydantic import ValidationError
+
+    from service.client import DigestMismatchError, ServiceProblemError, ServiceUnreachableError
+
+    for entry in entry_points(group=COMMAND_GROUP):
+        try:
+            app.command(entry.name)(entry.load())
+        except ImportError as error:
+            _add_missing(entry.name, error.name or str(error))
+    try:
+        app()
+    except (DigestMismatchError, ServiceProblemError, ServiceUnreachableError) as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        typer.echo(f"The configuration is not valid: {'; '.join(faults)}.", err=True)
+        sys.exit(2)
+
+
+def _add_missing(name: str, module: str) -> None:
+    """Keep a command whose dependencies are absent in the list, to say what it needs."""
+
+    def missing() -> None:
+        typer.echo(f"`aquant {name}` needs {module}: pip install 'aquant-service[core]'.", err=True)
+        raise typer.Exit(1)
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(name, help="(not installed: pip install 'aquant-service[core]')", context_settings=settings)(
+        missing
+    )
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _client(url: str) -> Client:
+    from service.client import Client
+
+    return Client(url)
+
+
+def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    configuration: dict[str, Any] = {}
+    if path is not None:
+        try:
+            configuration = json.loads(path.read_text())
+        except ValueError as error:
+            raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
+    return configuration | {name: value for name, value in options.items() if value is not None}
+
+
+def _follow(client: Client, job_id: str) -> None:
+    """Show progress until the job ends; exits 1 unless it succeeded."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("queued") as status:
+        for job in client.watch(job_id):
+            status.update(_line(job))
+    console.print(_line(job))
+    if job.error is not None:
+        typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
+    if job.state != "succeeded":
+        raise typer.Exit(1)
+
+
+def _line(job: JobDocument) -> str:
+    """A job in one line."""
+    words = [job.id, str(job.state)]
+    if job.queue_position:
+        words.append(f"({job.queue_position} ahead)")
+    if job.state == "running":
+        words.append(job.stage or "")
+        progress = job.progress
+        if progress.block:
+            words.append(
+                f"block {progress.block} of {progress.blocks}, {progress.iteration}/{progress.iterations}"
+            )
+        if progress.loss is not None:
+            words.append(f"loss {progress.loss:.4g}")
+        if progress.eta_seconds is not None:
+            words.append(f"{progress.eta_seconds:.0f} s left")
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    main()

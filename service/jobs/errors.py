@@ -1,0 +1,101 @@
+"""Named errors of the service: what was wrong, with which value, and what to do about it."""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Base of every error that reaches the user as a problem document.
+
+    Attributes:
+        code: stable identifier.
+        detail: what was wrong, naming the value.
+        remedy: what the caller can do about it.
+    """
+
+    code = "service_error"
+
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(f"{detail} {remedy}")
+        self.detail = detail
+        self.remedy = remedy
+
+
+class JobNotFoundError(ServiceError):
+    """There is no job of this id."""
+
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"There is no job {job_id!r}.", "List the jobs with GET /jobs.")
+
+
+class JobStateError(ServiceError):
+    """The job is not in a state that allows this."""
+
+    code = "job_state_conflict"
+
+
+class ArtifactNotReadyError(ServiceError):
+    """The job has not produced this artifact (yet)."""
+
+    code = "artifact_not_ready"
+
+
+class CursorError(ServiceError):
+    """A page cursor that this service did not hand out."""
+
+    code = "cursor_invalid"
+
+
+class FormError(ServiceError):
+    """The request body is not the multipart form that POST /jobs takes."""
+
+    code = "form_invalid"
+
+
+class FormTypeError(ServiceError):
+    """The request body is not multipart/form-data at all."""
+
+    code = "content_type_unsupported"
+
+
+class UploadTooLargeError(ServiceError):
+    """A part of the form is larger than this deployment takes."""
+
+    code = "upload_too_large"
+
+
+class UploadEmptyError(ServiceError):
+    """An uploaded file holds no bytes."""
+
+    code = "upload_empty"
+
+
+class ConfigError(ServiceError):
+    """The job's configuration is not valid."""
+
+    code = "config_invalid"
+
+
+class ModelRefusedError(ServiceError):
+    """A model in a format that is never read, because reading it would run code from the file."""
+
+    code = "model_format_unsupported"
+
+
+class ModelInvalidError(ServiceError):
+    """The model file is damaged, or not a model at all."""
+
+    code = "model_invalid"
+
+
+class ArchitectureMissingError(ServiceError):
+    """A state dict came without the name of the network it belongs to."""
+
+    code = "architecture_missing"
+
+
+class ImagesInvalidError(ServiceError):
+    """The image file is damaged, not an image set, or of a shape or type that cannot be images."""
+
+    code = "images_invalid"

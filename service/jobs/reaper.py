@@ -1,0 +1,107 @@
+"""Brings back what was lost: jobs of dead workers, messages the broker dropped, files that no job owns."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.artifacts import Artifacts, job_prefix
+from service.jobs.queue import JobQueue, QueueDownError
+from service.jobs.repository import JobRepository, now
+from service.jobs.schemas import Problem
+from service.jobs.states import JobState
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ORPHAN_SECONDS = 24 * 3600.0
+"""Files without a job are an upload under way until they are this old."""
+SWEEP_SECONDS = 3600.0
+
+
+def worker_lost(attempt: int) -> Problem:
+    """Why a job failed whose workers died."""
+    return Problem.of_job(
+        "worker_lost",
+        f"The worker stopped without a word while it ran this job, {attempt} times.",
+        "Most often it ran out of memory: try a smaller model or fewer images, or give the worker more memory.",
+    )
+
+
+class Reaper:
+    """A thread that looks for lost jobs; several may run at once, since every repair is a guarded UPDATE."""
+
+    def __init__(
+        self, settings: Settings, sessions: sessionmaker[Session], queue: JobQueue, artifacts: Artifacts
+    ) -> None:
+        self._settings, self._sessions, self._queue, self._artifacts = settings, sessions, queue, artifacts
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+        self._next_sweep = 0.0
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and wait for a round under way."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._settings.reaper_seconds):
+            try:
+                self.round()
+            except QueueDownError as error:
+                log.warning("%s Queued jobs wait until it is back.", error)
+            except (SQLAlchemyError, OSError):
+                log.exception("a round of the reaper failed; the next one tries again")
+
+    def round(self) -> None:
+        """One look at everything that can be lost."""
+        self.take_back_expired()
+        self.announce_forgotten()
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + SWEEP_SECONDS
+            self.sweep_orphans()
+
+    def take_back_expired(self) -> None:
+        """Requeue, or fail after the last attempt, every job whose worker fell silent."""
+        with self._sessions() as session:
+            expired = JobRepository(session).expired()
+        for job_id, attempt in expired:
+            with self._sessions.begin() as session:
+                error = worker_lost(attempt).model_dump()
+                state = JobRepository(session).take_back(job_id, attempt, self._settings.max_attempts, error)
+            if state is not None:
+                log.warning("job %s lost its worker in attempt %d and is now %s", job_id, attempt, state)
+            if state == JobState.QUEUED:
+                self._announce(job_id)
+
+    def announce_forgotten(self) -> None:
+        """Announce anew what is queued in the database while the broker has no message waiting."""
+        with self._sessions() as session:
+            before = now() - timedelta(seconds=self._settings.renudge_seconds)
+            waiting = JobRepository(session).unannounced_since(before)
+        if waiting and self._queue.depth() == 0:
+            for job_id in waiting:
+                self._announce(job_id)
+
+    def sweep_orphans(self) -> None:
+        """Delete files of jobs that do not exist: a process died between writing files and row."""
+        old = [name for name, at in self._artifacts.folders("jobs") if at < time.time() - ORPHAN_SECONDS]
+        with self._sessions() as session:
+            known = JobRepository(session).existing(old)
+        for name in set(old) - known:
+            log.info("deleting the files of %s: there is no such job", name)
+            self._artifacts.delete_prefix(job_prefix(name))
+
+    def _announce(self, job_id: str) -> None:
+        self._queue.announce(job_id)
+        with self._sessions.begin() as session:
+            JobRepository(session).note_announced(job_id)

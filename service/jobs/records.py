@@ -1,0 +1,104 @@
+"""The tables: jobs, their artifacts, and the workers that have been seen."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from service.jobs.states import JobState
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time; SQLite would drop the zone on the way."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class StateColumn(TypeDecorator[JobState]):
+    """A job state, stored as its word."""
+
+    impl = String(16)
+    cache_ok = True
+
+    def process_bind_param(self, value: JobState | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> JobState | None:  # noqa: ARG002
+        return None if value is None else JobState(value)
+
+
+class Record(DeclarativeBase):
+    """Declarative root of the service's tables."""
+
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy reads it from the class)
+        datetime: UtcDateTime,
+        JobState: StateColumn,
+        dict[str, Any]: JSON(none_as_null=True),
+    }
+
+
+class JobRecord(Record):
+    """One job. The row is the truth; a message on the broker only says "try this one"."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_created_at_id", "created_at", "id"),
+        Index("ix_jobs_state_created_at", "state", "created_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    state: Mapped[JobState]
+    stage: Mapped[str | None] = mapped_column(String(16))
+    config: Mapped[dict[str, Any]]
+    progress: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    nudged_at: Mapped[datetime | None]
+    """When the broker was last told of this job."""
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    """How often the job was claimed; also the fence that an outlived worker's writes fail at."""
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_expires_at: Mapped[datetime | None]
+
+    artifacts: Mapped[list[ArtifactRecord]] = relationship(
+        lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+    def artifact(self, name: str) -> ArtifactRecord | None:
+        """The artifact of this name, if the job has it."""
+        return next((artifact for artifact in self.artifacts if artifact.name == name), None)
+
+
+class ArtifactRecord(Record):
+    """One stored object of a job: an upload or a result."""
+
+    __tablename__ = "artifacts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(16), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255))
+    format: Mapped[str] = mapped_column(String(16))
+    size: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+
+
+class WorkerRecord(Record):
+    """A worker process's sign of life."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    seen_at: Mapped[datetime]

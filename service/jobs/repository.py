@@ -1,0 +1,293 @@
+"""All SQL on jobs: every change of state is one guarded UPDATE, so that two writers can never both win.
+
+The caller owns the transaction (``with sessions.begin() as session``); nothing here commits.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.orm import Session
+
+from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
+from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
+from service.jobs.states import HELD, JobState, sources
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's hold on a job: writes made under it fail once another attempt has begun."""
+
+    job_id: str
+    attempt: int
+    owner: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of jobs and the cursor of the next, if there is one."""
+
+    jobs: Sequence[JobRecord]
+    cursor: str | None
+
+
+def now() -> datetime:
+    """The time as the database keeps it."""
+    return datetime.now(UTC)
+
+
+class JobRepository:
+    """Jobs, within one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, job: JobRecord) -> None:
+        """Put in a new job."""
+        self._session.add(job)
+        self._session.flush()
+
+    def get(self, job_id: str) -> JobRecord:
+        """The job of this id, as it is in the database now.
+
+        Raises:
+            JobNotFoundError: there is none.
+        """
+        job = self._session.get(JobRecord, job_id, populate_existing=True)
+        if job is None:
+            raise JobNotFoundError(job_id)
+        return job
+
+    def page(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> Page:
+        """Jobs from the newest on, after ``cursor``."""
+        query = select(JobRecord).order_by(JobRecord.created_at.desc(), JobRecord.id.desc()).limit(limit + 1)
+        if state is not None:
+            query = query.where(JobRecord.state == state)
+        if cursor is not None:
+            created_at, job_id = _read_cursor(cursor)
+            query = query.where(tuple_(JobRecord.created_at, JobRecord.id) < tuple_(created_at, job_id))
+        jobs = self._session.scalars(query).all()
+        more = len(jobs) > limit
+        return Page(jobs[:limit], _write_cursor(jobs[limit - 1]) if more else None)
+
+    def queue_position(self, job: JobRecord) -> int | None:
+        """How many queued jobs are older; None for a job that is not queued."""
+        if job.state != JobState.QUEUED:
+            return None
+        return self._session.scalar(
+            select(func.count())
+            .select_from(JobRecord)
+            .where(JobRecord.state == JobState.QUEUED, JobRecord.created_at < job.created_at)
+        )
+
+    def existing(self, job_ids: Collection[str]) -> set[str]:
+        """Those of the ids that are jobs."""
+        return set(self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(job_ids))))
+
+    # A worker's side: claim, renew, finish.
+
+    def claim(self, job_id: str, owner: str, lease: timedelta) -> Claim | None:
+        """Take a queued job for a new attempt; None if it is not there to be taken."""
+        at = now()
+        taken = self._move(
+            JobState.RUNNING,
+            JobRecord.id == job_id,
+            attempt=JobRecord.attempt + 1,
+            lease_owner=owner,
+            lease_expires_at=at + lease,
+            started_at=func.coalesce(JobRecord.started_at, at),
+            stage="intake",
+            progress=None,
+        )
+        return Claim(job_id, self.get(job_id).attempt, owner) if taken else None
+
+    def renew(
+        self, claim: Claim, lease: timedelta, stage: str, progress: dict[str, Any] | None
+    ) -> JobState | None:
+        """Extend a lease and note progress; the job's state, or None where the claim was lost."""
+        return self._session.scalar(
+            update(JobRecord)
+            .where(_held_under(claim))
+            .values(lease_expires_at=now() + lease, stage=stage, progress=progress)
+            .returning(JobRecord.state)
+        )
+
+    def finish(
+        self,
+        claim: Claim,
+        state: JobState,
+        stage: str,
+        error: dict[str, Any] | None = None,
+        artifacts: Iterable[ArtifactRecord] = (),
+    ) -> JobState | None:
+        """End a job under a claim, in this stage; the state it ended in, or None where the claim was lost.
+
+        A job whose cancellation was asked for ends as cancelled, whatever came of the work.
+        """
+        if self._move(
+            JobState.CANCELLED, _held_under(claim), JobRecord.state == JobState.CANCELLING, **_ending()
+        ):
+            return JobState.CANCELLED
+        if not self._move(state, _held_under(claim), stage=stage, error=error, **_ending()):
+            return None
+        self._session.add_all(artifacts)
+        self._session.flush()
+        return state
+
+    def give_back(self, claim: Claim, max_attempts: int, error: dict[str, Any]) -> JobState | None:
+        """End an attempt that came to nothing: back to the queue, or failed with ``error`` after the last one.
+
+        Returns the state the job is in now, or None where the claim was lost.
+        """
+        return self._end_attempt(claim.job_id, claim.attempt, max_attempts, error, _held_under(claim))
+
+    def take_back(
+        self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any]
+    ) -> JobState | None:
+        """As :meth:`give_back`, for a worker whose lease has run out; None if it has not."""
+        return self._end_attempt(job_id, attempt, max_attempts, error, JobRecord.lease_expires_at < now())
+
+    def _end_attempt(
+        self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any], held: ColumnElement[bool]
+    ) -> JobState | None:
+        this = (JobRecord.id == job_id, JobRecord.attempt == attempt, held)
+        if self._move(JobState.CANCELLED, *this, JobRecord.state == JobState.CANCELLING, **_ending()):
+            return JobState.CANCELLED
+        if attempt < max_attempts:
+            again = {"lease_owner": None, "lease_expires_at": None, "stage": None, "progress": None}
+            return JobState.QUEUED if self._move(JobState.QUEUED, *this, **again) else None
+        return JobState.FAILED if self._move(JobState.FAILED, *this, error=error, **_ending()) else None
+
+    # A user's side: cancel, delete.
+
+    def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a queued job at once, ask the worker of a running one to stop.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: the job has already ended otherwise.
+        """
+        this = JobRecord.id == job_id
+        if not (
+            self._move(JobState.CANCELLED, this, JobRecord.state == JobState.QUEUED, **_ending())
+            or self._move(JobState.CANCELLING, this)
+        ):
+            job = self.get(job_id)
+            if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
+                raise JobStateError(
+                    f"Job {job_id} has already {job.state}.", "A finished job can be deleted, not cancelled."
+                )
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job that no worker holds.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: a worker is at it.
+        """
+        result = self._session.execute(
+            delete(JobRecord)
+            .where(JobRecord.id == job_id, JobRecord.state.not_in(HELD))
+            .execution_options(synchronize_session=False)
+        )
+        if not _changed(result):
+            job = self.get(job_id)
+            raise JobStateError(
+                f"Job {job_id} is {job.state}.",
+                f"Cancel it first (POST /jobs/{job_id}/cancel) and delete it once it has stopped.",
+            )
+
+    # The reaper's side: what was lost.
+
+    def expired(self) -> list[tuple[str, int]]:
+        """Id and attempt of every held job whose lease has run out."""
+        rows = self._session.execute(
+            select(JobRecord.id, JobRecord.attempt).where(
+                JobRecord.state.in_(HELD), JobRecord.lease_expires_at < now()
+            )
+        )
+        return [(job_id, attempt) for job_id, attempt in rows]
+
+    def unannounced_since(self, before: datetime) -> list[str]:
+        """Queued jobs of which the broker was last told before this time, or never."""
+        return list(
+            self._session.scalars(
+                select(JobRecord.id)
+                .where(
+                    JobRecord.state == JobState.QUEUED,
+                    or_(
+                        JobRecord.nudged_at < before,
+                        and_(JobRecord.nudged_at.is_(None), JobRecord.created_at < before),
+                    ),
+                )
+                .order_by(JobRecord.created_at)
+            )
+        )
+
+    def note_announced(self, job_id: str) -> None:
+        """Note that the broker has just been told of a job."""
+        self._session.execute(update(JobRecord).where(JobRecord.id == job_id).values(nudged_at=now()))
+
+    def note_worker(self, name: str, forget_after: timedelta) -> None:
+        """Note a worker's sign of life, and forget those not seen for long."""
+        self._session.merge(WorkerRecord(name=name, seen_at=now()))
+        self._session.execute(delete(WorkerRecord).where(WorkerRecord.seen_at < now() - forget_after))
+
+    def forget_worker(self, name: str) -> None:
+        """Remove a worker that has stopped."""
+        self._session.execute(delete(WorkerRecord).where(WorkerRecord.name == name))
+
+    def workers(self) -> Sequence[WorkerRecord]:
+        """Every worker known."""
+        return self._session.scalars(select(WorkerRecord).order_by(WorkerRecord.name)).all()
+
+    def _move(self, target: JobState, *where: ColumnElement[bool], **values: Any) -> bool:
+        """Enter ``target`` if the job is in a state that may; whether it did."""
+        result = self._session.execute(
+            update(JobRecord)
+            .where(JobRecord.state.in_(sources(target)), *where)
+            .values(state=target, **values)
+            .execution_options(synchronize_session=False)
+        )
+        return _changed(result)
+
+
+def _ending() -> dict[str, Any]:
+    return {"finished_at": now(), "lease_owner": None, "lease_expires_at": None}
+
+
+def _held_under(claim: Claim) -> ColumnElement[bool]:
+    return and_(
+        JobRecord.id == claim.job_id,
+        JobRecord.attempt == claim.attempt,
+        JobRecord.lease_owner == claim.owner,
+        JobRecord.state.in_(HELD),
+    )
+
+
+def _changed(result: Any) -> bool:
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
+
+
+def _write_cursor(job: JobRecord) -> str:
+    return base64.urlsafe_b64encode(f"{job.created_at.isoformat()} {job.id}".encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        created_at, job_id = base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(" ")
+        return datetime.fromisoformat(created_at).astimezone(UTC), job_id
+    except (ValueError, binascii.Error, OverflowError) as error:
+        raise CursorError(
+            f"{cursor!r} is not a page cursor of this service.", "Follow the `next` link of a page as it is."
+        ) from error

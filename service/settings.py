@@ -1,0 +1,90 @@
+"""Everything about a deployment that can be set from outside, read once from AQUANT_* environment variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class Settings(BaseSettings):
+    """One deployment's settings; API and worker read the same ones.
+
+    Only ``data_dir`` is needed by a stack on one machine: database, artifacts and work folders live inside it unless
+    an address says otherwise.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="AQUANT_", frozen=True, populate_by_name=True, extra="ignore", env_ignore_empty=True
+    )
+
+    data_dir: Annotated[Path, Field(description="Folder of everything kept: database, artifacts, logs.")] = (
+        Path("data")
+    )
+    database_url: Annotated[
+        str | None, Field(description="SQLAlchemy URL; without it SQLite in data_dir.")
+    ] = None
+    artifacts_url: Annotated[
+        str | None, Field(description="file:// URL of the artifact store; without it a folder in data_dir.")
+    ] = None
+    broker_url: Annotated[
+        str | None,
+        Field(
+            validation_alias=AliasChoices("AQUANT_BROKER_URL", "REDIS_URL"),
+            description="redis:// URL of the broker; `aquant up` starts a broker of its own without it.",
+        ),
+    ] = None
+    queue_name: Annotated[str, Field(description="Queue on the broker.")] = "aquant"
+
+    host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
+
+    max_upload_bytes: Annotated[int, Field(ge=1, description="Largest single upload.")] = 4 * GIB
+    max_config_bytes: Annotated[int, Field(ge=1, description="Largest `config` field.")] = MIB
+    max_unpacked_bytes: Annotated[
+        int, Field(ge=1, description="Largest image array, by its header, once unpacked.")
+    ] = 8 * GIB
+
+    lease_seconds: Annotated[
+        float, Field(gt=0, description="A worker silent for this long has lost its job.")
+    ] = 30.0
+    heartbeat_seconds: Annotated[
+        float,
+        Field(gt=0, description="How often a running job's lease, progress and cancel flag are exchanged."),
+    ] = 0.5
+    reaper_seconds: Annotated[float, Field(gt=0, description="How often lost jobs are looked for.")] = 5.0
+    renudge_seconds: Annotated[
+        float, Field(gt=0, description="A queued job unannounced for this long is announced again.")
+    ] = 15.0
+    max_attempts: Annotated[int, Field(ge=1, description="How often a job whose worker died is tried.")] = 3
+    job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = (
+        24 * 3600.0
+    )
+
+    intake_seconds: Annotated[float, Field(gt=0, description="Wall clock of the upload check.")] = 600.0
+    intake_memory_bytes: Annotated[int, Field(ge=256 * MIB, description="Memory of the upload check.")] = (
+        16 * GIB
+    )
+    intake_file_bytes: Annotated[
+        int, Field(ge=1, description="Largest file that the upload check may write.")
+    ] = 16 * GIB
+
+    @property
+    def database(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'aquant.sqlite3'}"
+
+    @property
+    def artifacts(self) -> str:
+        """The artifact store's URL."""
+        return self.artifacts_url or (self.data_dir.resolve() / "artifacts").as_uri()
+
+    @property
+    def work_dir(self) -> Path:
+        """Folder of the running jobs' working files."""
+        return self.data_dir.resolve() / "work"

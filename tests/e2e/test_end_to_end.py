@@ -1,0 +1,289 @@
+"""The whole service as a user meets it: real broker, API and worker processes, HTTP from outside."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from service.client import Client, ServiceProblemError
+from service.jobs.schemas import JobDocument
+from service.jobs.states import JobState
+from service.local import Stack, local_stack
+from service.settings import Settings
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"
+CALIBRATION, EVALUATION = EXAMPLE / "calibration.npz", EXAMPLE / "evaluation.npz"
+MODEL = next(iter(sorted(EXAMPLE.glob("residual*.onnx"))), EXAMPLE / "residual.onnx")
+CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke"}
+LONG = {**CONFIG, "iterations": 100_000}
+PATIENCE = 240.0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL} has not been trained yet")
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("stack"),
+        broker_url=None,
+        port=0,
+        lease_seconds=4,
+        reaper_seconds=0.5,
+        job_seconds=PATIENCE,
+    )
+    with local_stack(settings) as stack:
+        yield stack
+        stack.check()
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[Client]:
+    with Client(stack.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def finished(stack: Stack) -> tuple[JobDocument, list[JobDocument]]:
+    """The example, quantized; and everything that was seen of it on the way."""
+    with Client(stack.url) as client:
+        job = client.submit(MODEL, CALIBRATION, CONFIG, EVALUATION)
+        seen = list(client.watch(job.id))
+    assert seen[-1].state == JobState.SUCCEEDED, seen[-1].error
+    return seen[-1], seen
+
+
+def worker_child(stack: Stack) -> psutil.Process:
+    """The process in which the worker runs its tasks."""
+    worker = next(part for part in stack.components if part.name == "worker")
+    children = psutil.Process(worker.process.pid).children()
+    return next(child for child in children if "resource_tracker" not in " ".join(child.cmdline()))
+
+
+def until(client: Client, job_id: str, reached: Callable[[JobDocument], bool]) -> JobDocument:
+    for job in client.watch(job_id):
+        if reached(job):
+            return job
+    raise AssertionError(f"the job ended before that: {job}")
+
+
+def test_progress_was_shown_on_the_way(finished: tuple[JobDocument, list[JobDocument]]) -> None:
+    job, seen = finished
+    assert job.stage == "save"
+    assert job.started_at is not None
+    assert job.finished_at is not None
+    assert job.created_at <= job.started_at <= job.finished_at
+    assert job.attempt == 1
+    rebuilt = [one.progress for one in seen if one.stage == "reconstruct"]
+    assert rebuilt
+    assert all(1 <= progress.block <= progress.blocks for progress in rebuilt)
+
+
+def test_report_and_checkpoint_are_those_of_the_job(
+    client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
+) -> None:
+    job, _ = finished
+    report = client.report(job.id)
+    assert report["accuracy"]["float"]["top1"] > 0.9
+    assert report["accuracy"]["quantized"]["n"] == 2000
+    assert report["seed"] == 0
+    target = tmp_path / "quantized.safetensors"
+    assert client.download(job.id, target) == job.files["checkpoint"].sha256
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == job.files["checkpoint"].sha256
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_checkpoint_comes_in_ranges(
+    stack: Stack, finished: tuple[JobDocument, list[JobDocument]]
+) -> None:
+    job, _ = finished
+    url, size = f"{stack.url}{job.links.checkpoint}", job.files["checkpoint"].size
+    whole = httpx.get(url).content
+    middle = size // 2
+    parts = [httpx.get(url, headers={"Range": f"bytes={span}"}) for span in (f"0-{middle - 1}", f"{middle}-")]
+    assert [part.status_code for part in parts] == [206, 206]
+    assert b"".join(part.content for part in parts) == whole
+
+
+def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
+    client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
+) -> None:
+    import torch
+
+    from aquant_core.checkpoint import load
+    from aquant_core.images import read_images
+
+    job, _ = finished
+    client.download(job.id, tmp_path / "q.safetensors")
+    module = load(tmp_path / "q.safetensors")
+    images = read_images(EVALUATION, what="evaluation").images
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for batch in images.split(256):
+            digest.update(module(batch).numpy().astype("<f4").tobytes())
+    assert digest.hexdigest() == client.report(job.id)["digests"]["logits"]
+
+
+def test_nothing_is_left_in_the_work_folder(
+    stack: Stack, finished: tuple[JobDocument, list[JobDocument]]
+) -> None:
+    assert finished[0].finished
+    assert list((stack.data_dir / "work").iterdir()) == []
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def cut(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[: len(data) * 2 // 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"model": lambda: b"this is no model"}, "model_invalid"),
+        ({"model": lambda: b""}, "upload_empty"),
+        ({"model": lambda: cut(MODEL)}, "model_invalid"),
+        ({"calibration": lambda: cut(CALIBRATION)}, "images_invalid"),
+        ({"calibration": lambda: npz(pictures=np.zeros((8, 1, 28, 28), np.uint8))}, "images_invalid"),
+        ({"calibration": lambda: npz(images=np.zeros((8, 28, 28), np.uint8))}, "images_invalid"),
+    ],
+)
+def test_bad_upload_is_refused_at_once(
+    client: Client, stack: Stack, tmp_path: Path, changes: dict[str, Callable[[], bytes]], code: str
+) -> None:
+    before = set((stack.data_dir / "artifacts/jobs").glob("*"))
+    with pytest.raises(ServiceProblemError) as caught:
+        client.submit(*files(tmp_path, changes), CONFIG)
+    assert caught.value.problem.code == code
+    assert set((stack.data_dir / "artifacts/jobs").glob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "code", "word"),
+    [
+        ({"calibration": lambda: npz(images=np.zeros((64, 3, 28, 28), np.uint8))}, {}, "images_invalid", "28"),
+        ({"calibration": lambda: npz(images=np.zeros((64, 1, 9, 9), np.uint8))}, {}, "images_invalid", "9"),
+        ({"calibration": lambda: npz(images=np.zeros((1, 1, 28, 28), np.uint8))}, {}, "images_invalid", "1"),
+        (
+            {"calibration": lambda: npz(images=np.full((64, 1, 28, 28), np.nan, np.float32))},
+            {},
+            "values_not_finite",
+            "calibration",
+        ),
+        ({}, {"layers": {"nowhere": {"weight_bits": 4}}}, "layer_unknown", "nowhere"),
+        ({"model": lambda: state_dict()}, {"architecture": "resnet999"}, "architecture_unknown", "resnet999"),
+        ({"model": lambda: state_dict()}, {"architecture": "resnet18"}, "weights_mismatch", "conv1.weight"),
+        ({"model": lambda: unsupported()}, {}, "operator_unsupported", "NonMaxSuppression"),
+    ],
+)
+def test_bad_upload_fails_in_the_intake(
+    client: Client,
+    tmp_path: Path,
+    changes: dict[str, Callable[[], bytes]],
+    config: dict[str, Any],
+    code: str,
+    word: str,
+) -> None:
+    job = client.wait(client.submit(*files(tmp_path, changes), {**CONFIG, **config}).id, PATIENCE)
+    assert job.state == JobState.FAILED
+    assert job.stage in ("intake", "capture")
+    assert job.error is not None
+    assert (job.error.code, job.attempt) == (code, 1)
+    assert word in job.error.detail
+    assert job.error.remedy
+
+
+def files(folder: Path, changes: dict[str, Callable[[], bytes]]) -> tuple[Path, Path]:
+    """Paths of model and calibration, with the changed ones written to ``folder``."""
+    paths = {"model": MODEL, "calibration": CALIBRATION}
+    for name, content in changes.items():
+        paths[name] = folder / name
+        paths[name].write_bytes(content())
+    return paths["model"], paths["calibration"]
+
+
+def state_dict() -> bytes:
+    from safetensors.numpy import save
+
+    return save({"fc.weight": np.ones((10, 4), np.float32)})
+
+
+def unsupported() -> bytes:
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("NonMaxSuppression", ["boxes", "scores"], ["y"])],
+        "net",
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, "n", 4]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 1, "n"]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, ["m", 3])],
+    )
+    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]).SerializeToString())
+
+
+def test_running_job_is_cancelled(client: Client, stack: Stack) -> None:
+    job = client.submit(MODEL, CALIBRATION, LONG)
+    until(client, job.id, lambda now: now.stage == "reconstruct")
+    assert client.cancel(job.id).state == JobState.CANCELLING
+    ended = client.wait(job.id, PATIENCE)
+    assert (ended.state, ended.error, ended.links.checkpoint) == (JobState.CANCELLED, None, None)
+    client.delete(job.id)
+    assert not (stack.data_dir / "artifacts/jobs" / job.id).exists()
+
+
+def test_job_of_a_killed_worker_is_run_again(client: Client, stack: Stack) -> None:
+    job = client.submit(MODEL, CALIBRATION, LONG)
+    until(client, job.id, lambda now: now.stage == "reconstruct")
+    worker_child(stack).kill()
+    again = until(client, job.id, lambda now: now.attempt == 2 and now.stage == "reconstruct")
+    assert again.state == JobState.RUNNING
+    client.cancel(job.id)
+    assert client.wait(job.id, PATIENCE).state == JobState.CANCELLED
+    assert client.wait(client.submit(MODEL, CALIBRATION, CONFIG).id, PATIENCE).state == JobState.SUCCEEDED
+    assert list((stack.data_dir / "work").iterdir()) == []
+
+
+def test_job_whose_workers_all_die_fails_with_a_reason(client: Client, stack: Stack) -> None:
+    job = client.submit(MODEL, CALIBRATION, LONG)
+    for attempt in (1, 2, 3):
+        until(client, job.id, lambda now, n=attempt: now.attempt == n and now.state == "running")  # type: ignore[misc]
+        worker_child(stack).kill()
+    ended = client.wait(job.id, PATIENCE)
+    assert ended.state == JobState.FAILED
+    assert ended.error is not None
+    assert ended.error.code == "worker_lost"
+
+
+def test_no_part_outlives_the_stack(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, broker_url=None, port=0)
+    with local_stack(settings) as stack:
+        own = [psutil.Process(part.process.pid) for part in stack.components]
+        family = own + [child for process in own for child in process.children(recursive=True)]
+        url = stack.url
+        own[0].kill()  # the broker dies: the rest must still be stopped
+        deadline = time.monotonic() + 10
+        while own[0].is_running() and own[0].status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+        with pytest.raises(Exception, match="broker stopped by itself"):
+            stack.check()
+    assert len(family) >= 4
+    assert not [process for process in family if process.is_running()]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)

@@ -1,0 +1,188 @@
+"""Submitting, following, cancelling and deleting jobs over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+import pytest
+from fastapi import FastAPI
+from httpx import Client, Response
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.jobs.queue import JobQueue
+from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
+from service.main import create_app
+from service.settings import Settings
+
+Submit = Callable[..., Response]
+BITS = {"weight_bits": 2, "activation_bits": 2}
+
+
+def stored(settings: Settings) -> list[str]:
+    return [path.name for path in (settings.data_dir / "artifacts").rglob("*") if path.is_file()]
+
+
+def test_submitted_job_is_stored_queued_and_announced(
+    submit: Submit, web: Client, settings: Settings, queue: JobQueue, onnx_model: bytes, images: bytes
+) -> None:
+    answer = submit(evaluation=images)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/jobs/{job['id']}"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert (job["state"], job["queue_position"]) == ("queued", 0)
+    assert job["config"]["preset"] == "smoke"
+    assert job["files"]["model"] == {
+        "size": len(onnx_model),
+        "sha256": hashlib.sha256(onnx_model).hexdigest(),
+        "format": "onnx",
+    }
+    assert sorted(stored(settings)) == ["calibration", "evaluation", "model"]
+    assert queue.depth() == 1
+    assert web.get(answer.headers["location"]).json() == job
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code", "words"),
+    [
+        ({"config": {**BITS, "weigth_bits": 3}}, 422, "config_invalid", "weigth_bits: unknown key"),
+        ({"config": {**BITS, "border": {"colour": 1}}}, 422, "config_invalid", "border.colour: unknown key"),
+        ({"config": {"weight_bits": 9, "activation_bits": 2}}, 422, "config_invalid", "2 to 8"),
+        ({"config": {"weight_bits": 2}}, 422, "config_invalid", "activation_bits: Field required"),
+        ({"config": "{"}, 422, "config_invalid", "Invalid JSON"),
+        ({"config": " " * 10_001}, 413, "upload_too_large", "`config` is larger than the 10000"),
+        ({"config": None}, 422, "config_invalid", "no field `config`"),
+        ({"model": None}, 400, "form_invalid", "no file `model`"),
+        ({"calibration": None}, 400, "form_invalid", "no file `calibration`"),
+        ({"modell": b"x"}, 400, "form_invalid", "'modell'"),
+        ({"model": b""}, 422, "upload_empty", "`model` is empty"),
+        ({"evaluation": b""}, 422, "upload_empty", "`evaluation` is empty"),
+        ({"model": b"no model"}, 422, "model_invalid", "neither ONNX nor safetensors"),
+        ({"model": bytes(2_000_001)}, 413, "upload_too_large", "`model` is larger than the 2000000"),
+        ({"model": b"\x80\x04K\x01."}, 415, "model_format_unsupported", "pickle"),
+        ({"calibration": b"no images"}, 422, "images_invalid", "calibration file is neither"),
+    ],
+)
+def test_bad_submission_is_answered_and_leaves_nothing(
+    submit: Submit,
+    web: Client,
+    settings: Settings,
+    queue: JobQueue,
+    changes: dict[str, object],
+    status: int,
+    code: str,
+    words: str,
+) -> None:
+    answer = submit(**changes)
+    problem = answer.json()
+    assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert words in problem["detail"]
+    assert problem["remedy"]
+    assert stored(settings) == []
+    assert list((settings.data_dir / "artifacts/jobs").glob("*")) == []
+    assert web.get("/jobs").json() == {"jobs": [], "next": None}
+    assert queue.depth() == 0
+
+
+def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> None:
+    assert submit(model=state_dict).json()["code"] == "architecture_missing"
+    assert submit(model=state_dict, config={**BITS, "architecture": "resnet18"}).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status", "words"),
+    [
+        ("application/json", b"{}", 415, "not multipart/form-data"),
+        ("multipart/form-data", b"x", 400, "no boundary"),
+        ("multipart/form-data; boundary=b", b"nonsense", 400, "cannot be read"),
+        ("multipart/form-data; boundary=b", b"", 400, "cut short"),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="model"; filename="m"\r\n\r\n' + bytes(1000),
+            400,
+            "cut short",
+        ),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="config"\r\n\r\n{"weight_bits":2,"activation_bits":2}\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="config"\r\n\r\n{}\r\n--b--\r\n',
+            400,
+            "`config` twice",
+        ),
+    ],
+)
+def test_bad_form(
+    web: Client, settings: Settings, content_type: str, body: bytes, status: int, words: str
+) -> None:
+    answer = web.post("/jobs", content=body, headers={"content-type": content_type})
+    assert answer.status_code == status
+    assert words in answer.json()["detail"]
+    assert stored(settings) == []
+
+
+def test_job_is_taken_in_while_the_broker_is_away(
+    serve: Callable[[FastAPI], AbstractContextManager[Client]],
+    settings: Settings,
+    onnx_model: bytes,
+    images: bytes,
+) -> None:
+    away = settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"})
+    files = {"config": (None, json.dumps(BITS)), "model": onnx_model, "calibration": images}
+    with serve(create_app(away)) as web:
+        assert web.post("/jobs", files=files).status_code == 202
+        assert web.get("/jobs").json()["jobs"][0]["state"] == "queued"
+        health = web.get("/health/ready")
+    assert health.status_code == 503
+    assert health.json()["code"] == "not_ready"
+    assert health.json()["checks"] == {"database": "ok", "broker": "unavailable", "workers": "0 alive"}
+
+
+def test_etag_and_long_poll(submit: Submit, web: Client, sessions: sessionmaker[Session]) -> None:
+    url = submit().headers["location"]
+    first = web.get(url)
+    tag = {"If-None-Match": first.headers["etag"]}
+    unchanged = web.get(url, headers=tag, params={"wait": 0.3})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    with sessions.begin() as session:
+        job_id = first.json()["id"]
+        assert JobRepository(session).claim(job_id, "me", timedelta(minutes=1)) is not None
+    changed = web.get(url, headers=tag, params={"wait": 20})
+    assert (changed.status_code, changed.json()["state"]) == (200, "running")
+    assert changed.headers["etag"] != first.headers["etag"]
+    assert web.get(url, params={"wait": 0.3}).json()["state"] == "running"
+
+
+def test_list_pages_by_following_next(submit: Submit, web: Client) -> None:
+    ids = [submit().json()["id"] for _ in range(5)]
+    seen, url = [], "/jobs?limit=2&state=queued"
+    while url:
+        page = web.get(url).json()
+        seen += [job["id"] for job in page["jobs"]]
+        url = page["next"]
+    assert seen == ids[::-1]
+    assert web.get("/jobs?state=running").json()["jobs"] == []
+    assert web.get("/jobs?cursor=zzz").json()["code"] == "cursor_invalid"
+    assert web.get("/jobs?state=asleep").json()["code"] == "request_invalid"
+
+
+def test_cancel_and_delete(
+    submit: Submit, web: Client, settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    queued, running = submit().headers["location"], submit().headers["location"]
+    with sessions.begin() as session:
+        JobRepository(session).claim(running.rpartition("/")[2], "me", timedelta(minutes=1))
+    assert web.post(f"{queued}/cancel").json()["state"] == "cancelled"
+    assert web.delete(running).json()["code"] == "job_state_conflict"
+    answer = web.post(f"{running}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (202, JobState.CANCELLING)
+    assert web.delete(running).status_code == 409
+    assert web.delete(queued).status_code == 204
+    assert web.get(queued).status_code == 404
+    assert web.delete(queued).json()["code"] == "job_not_found"
+    assert len(list((settings.data_dir / "artifacts/jobs").iterdir())) == 1

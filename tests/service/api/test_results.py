@@ -1,0 +1,97 @@
+"""Reports and checkpoints over HTTP, whole and in ranges."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from httpx import Client
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.artifacts import Artifacts
+from service.jobs.records import ArtifactRecord
+from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
+
+BODY = bytes(range(256)) * 10
+ETAG = f'"{hashlib.sha256(BODY).hexdigest()}"'
+
+
+@pytest.fixture
+def finished(
+    sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
+) -> str:
+    """The address of a job that succeeded."""
+    job_id, records = add_job(), []
+    for name, data in {"checkpoint": BODY, "report": b'{"seed": 0}'}.items():
+        (tmp_path / name).write_bytes(data)
+        stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
+        records.append(
+            ArtifactRecord(
+                job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
+            )
+        )
+    with sessions.begin() as session:
+        claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
+        assert claim is not None
+        JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=records)
+    return f"/jobs/{job_id}"
+
+
+def test_links_lead_to_the_files(web: Client, finished: str) -> None:
+    links = web.get(finished).json()["links"]
+    assert web.get(links["report"]).json() == {"seed": 0}
+    whole = web.get(links["checkpoint"])
+    assert (whole.status_code, whole.content, whole.headers["etag"]) == (200, BODY, ETAG)
+    assert whole.headers["content-disposition"].endswith('.safetensors"')
+    assert whole.headers["content-length"] == str(len(BODY))
+    head = web.head(links["checkpoint"])
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(BODY)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [("0-0", 0, 1), ("10-19", 10, 20), ("2550-", 2550, 2560), ("-7", 2553, 2560), ("0-99999", 0, 2560)],
+)
+def test_range(web: Client, finished: str, asked: str, start: int, stop: int) -> None:
+    part = web.get(f"{finished}/checkpoint", headers={"Range": f"bytes={asked}"})
+    assert (part.status_code, part.content) == (206, BODY[start:stop])
+    assert part.headers["content-range"] == f"bytes {start}-{stop - 1}/2560"
+
+
+@pytest.mark.parametrize("asked", ["2560-", "5-4", "-0"])
+def test_range_outside_the_file(web: Client, finished: str, asked: str) -> None:
+    answer = web.get(f"{finished}/checkpoint", headers={"Range": f"bytes={asked}"})
+    assert (answer.status_code, answer.headers["content-range"]) == (416, "bytes */2560")
+    assert answer.json()["code"] == "range_not_satisfiable"
+
+
+@pytest.mark.parametrize("asked", ["bytes=-", "bytes=0-1,5-6", "lines=1-2", "x"])
+def test_range_not_understood_gets_the_whole(web: Client, finished: str, asked: str) -> None:
+    answer = web.get(f"{finished}/checkpoint", headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (200, BODY)
+
+
+def test_conditions(web: Client, finished: str) -> None:
+    url = f"{finished}/checkpoint"
+    assert web.get(url, headers={"Range": "bytes=0-4", "If-Range": ETAG}).status_code == 206
+    assert web.get(url, headers={"Range": "bytes=0-4", "If-Range": '"other"'}).content == BODY
+    assert web.get(url, headers={"If-None-Match": ETAG}).status_code == 304
+    report = web.get(f"{finished}/report")
+    again = web.get(f"{finished}/report", headers={"If-None-Match": report.headers["etag"]})
+    assert again.status_code == 304
+
+
+def test_deleted_job_takes_its_files_along(web: Client, finished: str, artifacts: Artifacts) -> None:
+    assert web.delete(finished).status_code == 204
+    assert list(artifacts.folders("jobs")) == []
+
+
+@pytest.mark.parametrize("name", ["report", "checkpoint"])
+def test_unfinished_job_has_no_files(web: Client, add_job: Callable[[], str], name: str) -> None:
+    answer = web.get(f"/jobs/{add_job()}/{name}")
+    assert (answer.status_code, answer.json()["code"]) == (409, "artifact_not_ready")
+    assert web.get(f"/jobs/nobody/{name}").status_code == 404

@@ -1,0 +1,79 @@
+"""What a dead worker or a forgetful broker lost is found again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.artifacts import Artifacts
+from service.jobs.queue import JobQueue, QueueDownError
+from service.jobs.reaper import ORPHAN_SECONDS, Reaper
+from service.jobs.repository import JobRepository, now
+from service.jobs.states import JobState
+from service.settings import Settings
+
+Sessions = sessionmaker[Session]
+
+
+@pytest.fixture
+def reaper(settings: Settings, sessions: Sessions, queue: JobQueue, artifacts: Artifacts) -> Reaper:
+    return Reaper(settings, sessions, queue, artifacts)
+
+
+def test_job_of_a_silent_worker_goes_back_to_the_queue_then_fails(
+    reaper: Reaper, sessions: Sessions, queue: JobQueue, add_job: Callable[[], str]
+) -> None:
+    job_id = add_job()
+    for attempt in (1, 2, 3):
+        with sessions.begin() as session:
+            assert JobRepository(session).claim(job_id, "dead", timedelta(seconds=-1)) is not None
+        reaper.round()
+        assert queue.depth() == min(attempt, 2)
+    with sessions() as session:
+        job = JobRepository(session).get(job_id)
+        assert job.state == JobState.FAILED
+        assert job.error is not None
+        assert job.error["code"] == "worker_lost"
+        assert "3 times" in job.error["detail"]
+
+
+def test_unannounced_job_is_announced_once(
+    reaper: Reaper, settings: Settings, sessions: Sessions, queue: JobQueue, add_job: Callable[[], str]
+) -> None:
+    job_id = add_job()
+    reaper.round()
+    assert queue.depth() == 0  # its submitter may be about to announce it
+    with sessions.begin() as session:
+        JobRepository(session).get(job_id).created_at = now() - timedelta(seconds=settings.renudge_seconds + 1)
+    reaper.round()
+    reaper.round()
+    assert queue.depth() == 1
+
+
+def test_files_without_a_job_are_swept_when_old(
+    reaper: Reaper, settings: Settings, add_job: Callable[[], str]
+) -> None:
+    folder = settings.data_dir / "artifacts/jobs"
+    known = add_job()
+    old = time.time() - ORPHAN_SECONDS - 60
+    for name in (known, "orphan", "fresh"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model#1").write_bytes(b"x")
+        if name != "fresh":
+            os.utime(folder / name, (old, old))
+    reaper.round()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([known, "fresh"])
+
+
+def test_absent_broker_is_named(settings: Settings) -> None:
+    queue = JobQueue(settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"}))
+    with pytest.raises(QueueDownError, match="cannot be reached"):
+        queue.announce("x")
+    with pytest.raises(QueueDownError, match="cannot be reached"):
+        queue.depth()
+    queue.close()

@@ -1,0 +1,49 @@
+"""The worker's Celery app (`celery -A worker.celery_app worker`): one spawned child at a time, no torch in the parent."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.signals import setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
+
+from service.jobs.database import migrate
+from service.jobs.queue import make_celery
+from service.settings import Settings
+from worker.presence import Presence
+from worker.workplace import clear_abandoned
+
+settings = Settings()
+app = make_celery(settings)
+app.conf.include = ["worker.tasks"]
+
+_presence = Presence(settings)
+
+
+def _set_up_logging(**_: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _prepare(**_: Any) -> None:
+    migrate(settings)
+
+
+def _appear(**_: Any) -> None:
+    _presence.start()
+
+
+def _disappear(**_: Any) -> None:
+    _presence.stop()
+
+
+def _begin_child(**_: Any) -> None:
+    # A child that was killed could not clear up after itself; its successor does.
+    clear_abandoned(settings.work_dir)
+
+
+setup_logging.connect(_set_up_logging)  # having a receiver also keeps Celery's own set-up out
+worker_init.connect(_prepare)
+worker_ready.connect(_appear)
+worker_shutdown.connect(_disappear)
+worker_process_init.connect(_begin_child)

@@ -1,0 +1,136 @@
+"""Holds a job while it is worked on: renews the lease, writes progress, and notices when the work must stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from aquant_core.progress import Progress
+from service.jobs.repository import Claim, JobRepository
+from service.jobs.states import JobState
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class JobStopError(Exception):
+    """Base of the reasons to stop a job midway; raised in the thread that works on it."""
+
+
+class JobCancelledError(JobStopError):
+    """Its user asked to cancel it."""
+
+
+class LeaseLostError(JobStopError):
+    """Another attempt holds the job, or it is gone; nothing may be written for it any more."""
+
+
+class JobTimeoutError(JobStopError):
+    """The attempt has taken longer than this deployment allows."""
+
+
+class Lease:
+    """A claim kept alive by a thread for as long as the ``with`` block runs.
+
+    The working thread calls :meth:`report`, which is cheap: it leaves its progress for the next renewal and raises
+    if the job has to stop.
+    """
+
+    def __init__(self, claim: Claim, settings: Settings, sessions: sessionmaker[Session]) -> None:
+        self.claim = claim
+        self._sessions = sessions
+        self._length = timedelta(seconds=settings.lease_seconds)
+        self._every = settings.heartbeat_seconds
+        self._deadline = time.monotonic() + settings.job_seconds
+        self._renewed = time.monotonic()
+        self._progress = Progress(stage="intake")
+        self._stop: JobStopError | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"lease-{claim.job_id}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def report(self, progress: Progress) -> None:
+        """Note how far the work is.
+
+        Raises:
+            JobStopError: the work must stop here.
+        """
+        self._progress = progress
+        self.check()
+
+    def check(self) -> None:
+        """Raise if the work must stop here."""
+        if self._stop is None and time.monotonic() > self._deadline:
+            self._stop = JobTimeoutError()
+        if self._stop is not None:
+            raise self._stop
+
+    @property
+    def stage(self) -> str:
+        """The stage reported last."""
+        return self._progress.stage
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the work must stop."""
+        try:
+            self.check()
+        except JobStopError:
+            return True
+        return False
+
+    def _run(self) -> None:
+        while not self._done.wait(self._every):
+            try:
+                self._renew()
+            except SQLAlchemyError:
+                log.exception("job %s: the lease could not be renewed", self.claim.job_id)
+                if time.monotonic() - self._renewed > self._length.total_seconds():
+                    self._stop = LeaseLostError()
+            if isinstance(self._stop, LeaseLostError):
+                return
+
+    def _renew(self) -> None:
+        progress = self._progress
+        with self._sessions.begin() as session:
+            state = JobRepository(session).renew(
+                self.claim, self._length, progress.stage, _as_document(progress)
+            )
+        self._renewed = time.monotonic()
+        if state is None:
+            self._stop = LeaseLostError()
+        elif state == JobState.CANCELLING:
+            self._stop = JobCancelledError()
+
+
+def _as_document(progress: Progress) -> dict[str, float | None]:
+    return {
+        "block": progress.block,
+        "blocks": progress.blocks,
+        "iteration": progress.iteration,
+        "iterations": progress.iterations,
+        "loss": _finite(progress.loss),
+        "eta_seconds": _finite(progress.eta_seconds),
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return number if number is not None and math.isfinite(number) else None

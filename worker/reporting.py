@@ -1,0 +1,77 @@
+"""Publishes a job's results: files first, each whole or not at all, then one fenced commit that makes them the job's."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.artifacts import Artifacts, job_prefix
+from service.jobs.records import ArtifactRecord
+from service.jobs.repository import Claim, JobRepository
+from service.jobs.states import JobState
+
+if TYPE_CHECKING:
+    from aquant_core import QuantizationResult
+
+
+def publish(
+    claim: Claim,
+    result: QuantizationResult,
+    warnings: list[str],
+    folder: Path,
+    artifacts: Artifacts,
+    sessions: sessionmaker[Session],
+) -> JobState | None:
+    """Store report and checkpoint and end the job; its last state, or None where the claim was lost.
+
+    The keys hold the attempt's number, so that an outlived worker cannot write over its successor's files; where
+    the commit does not make the files the job's, they are deleted again.
+    """
+    checkpoint = folder / "quantized.safetensors"
+    report = folder / "report.json"
+    result.save(checkpoint)
+    document = {
+        **result.report,
+        "warnings": list(dict.fromkeys([*warnings, *result.report.get("warnings", [])])),
+    }
+    report.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
+    prefix = f"{job_prefix(claim.job_id)}attempt-{claim.attempt}/"
+    state = None
+    try:
+        files = [
+            _record(claim, name, artifacts, prefix, path)
+            for name, path in (("report", report), ("checkpoint", checkpoint))
+        ]
+        with sessions.begin() as session:
+            state = JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=files)
+    finally:
+        if state != JobState.SUCCEEDED:
+            artifacts.delete_prefix(prefix)
+    return state
+
+
+def _record(claim: Claim, name: str, artifacts: Artifacts, prefix: str, path: Path) -> ArtifactRecord:
+    stored = artifacts.put_file(prefix + path.name, path)
+    return ArtifactRecord(
+        job_id=claim.job_id,
+        name=name,
+        key=stored.key,
+        format=path.suffix.removeprefix("."),
+        size=stored.size,
+        sha256=stored.sha256,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
