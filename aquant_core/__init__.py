@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aquant_core.capture import capture
+    from aquant_core.capture_model import capture
     from aquant_core.checkpoint import load
     from aquant_core.config import QuantizationConfig
     from aquant_core.graph import CapturedModel
@@ -23,7 +23,7 @@ _MODULE_OF_NAME = {
     "Progress": "progress",
     "QuantizationConfig": "config",
     "QuantizationResult": "pipeline",
-    "capture": "capture",
+    "capture": "capture_model",  # a module named capture would hide the function
     "check_images": "images",
     "load": "checkpoint",
     "quantize": "pipeline",

@@ -1,4 +1,4 @@
-"""The networks that a state dict can be loaded into by name: torchvision's, and two of the paper's it does not have."""
+"""The networks a state dict can be loaded into by name: torchvision's, and two of the paper's it lacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def build(name: str, num_classes: int = 1000) -> nn.Module:
     if name == "mnasnet2_0":
         model = models.MNASNet(alpha=2.0, num_classes=num_classes)
     elif name == "regnet_x_600mf":  # Radosavovic et al. 2020, appendix: RegNetX-600MF
-        parameters = models.regnet.BlockParams.from_init_params(depth=16, w_0=48, w_a=36.97, w_m=2.24, group_width=24)
+        parameters = models.regnet.BlockParams.from_init_params(
+            depth=16, w_0=48, w_a=36.97, w_m=2.24, group_width=24
+        )
         norm = partial(nn.BatchNorm2d, eps=1e-5, momentum=0.1)
         model = models.RegNet(parameters, norm_layer=norm, num_classes=num_classes)
     else:
@@ -54,14 +56,18 @@ def build_from_state_dict(name: str, state: Mapping[str, Tensor]) -> nn.Module:
         UnknownArchitectureError: see ``build``.
         WeightsMismatchError: weights are missing, left over, or of another shape.
     """
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ModelFormatError(
             "The file is not a state dict: it holds something other than tensors.",
             "Save model.state_dict(), not the model or a training checkpoint around it.",
         )
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    biases = [value for key, value in state.items() if key.endswith(".bias") and value.dim() == 1]
-    model = build(name, num_classes=biases[-1].numel() if biases else 1000)
+    model = build(name)
+    last_bias = [key for key in model.state_dict() if key.endswith(".bias")][
+        -1
+    ]  # the file's order may differ
+    if last_bias in state and state[last_bias].shape != model.state_dict()[last_bias].shape:
+        model = build(name, num_classes=state[last_bias].numel())
     expected = model.state_dict()
     optional = {key for key in expected if key.endswith("num_batches_tracked")}
     missing = sorted(set(expected) - set(state) - optional)

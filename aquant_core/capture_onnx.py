@@ -20,11 +20,14 @@ from aquant_core.graph_builder import GraphBuilder, unsupported
 
 _MAX_NODES = 5_000
 _UNARY = {
-    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish", "Identity": "", "Dropout": "",
-    "Cast": "",
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish", "Identity": "",
+    "Dropout": "", "Cast": "",
 }  # fmt: skip
+_INCONSISTENT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a graph raises whose fields do not belong together."""
+
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
-_REMEDY = "Export the model again (torch.onnx.export, evaluation mode, weights inside the file: external_data=False)."
+_REMEDY = "Export the model again (torch.onnx.export, evaluation mode, weights inside: external_data=False)."
 
 
 def onnx_input_shape(path: str | Path) -> tuple[int | None, ...]:
@@ -45,7 +48,10 @@ def capture_onnx(path: str | Path, example: Tensor) -> CapturedModel:
         CaptureMismatchError: the graph does not reproduce onnxruntime's outputs.
     """
     model = _read(path)
-    captured = _Conversion(model, example).run()
+    try:
+        captured = _Conversion(model, example).run()
+    except _INCONSISTENT as error:
+        raise ModelFormatError(f"The ONNX graph contradicts itself: {error}.", _REMEDY) from error
     _compare_with_onnxruntime(model, captured, example)
     return captured
 
@@ -57,11 +63,14 @@ def _read(path: str | Path) -> onnx.ModelProto:
         raise ModelFormatError(f"The file is not ONNX, or is cut off: {error}.", _REMEDY) from error
     if not model.graph.node or not model.opset_import:
         raise ModelFormatError("The file holds no ONNX graph.", _REMEDY)
-    external = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
+    external = [t.name for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL]
     if external:
         raise ModelFormatError(f"Weight {external[0]!r} is kept outside the file (external data).", _REMEDY)
     if len(model.graph.node) > _MAX_NODES:
-        raise ModelFormatError(f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY)
+        raise ModelFormatError(
+            f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY
+        )
     return model
 
 
@@ -73,14 +82,16 @@ def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
             f"The network has {len(inputs)} inputs and {len(model.graph.output)} outputs.",
             "Give it one image batch and one output.",
         )
-    return inputs[0]
+    only: onnx.ValueInfoProto = inputs[0]
+    return only
 
 
 def _shape_of_input(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
     dims = value.type.tensor_type.shape.dim
     if len(dims) != 4:
         raise UnsupportedOperatorError(
-            f"Input {value.name!r} has {len(dims)} dimensions.", "Networks over (N, C, H, W) images are supported."
+            f"Input {value.name!r} has {len(dims)} dimensions.",
+            "Networks over (N, C, H, W) images are supported.",
         )
     return tuple(dim.dim_value or None for dim in dims[1:])
 
@@ -100,26 +111,34 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
         )
         (expected,) = session.run(None, {source.name: images.numpy()})
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ModelFormatError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY) from error
+        raise ModelFormatError(
+            f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY
+        ) from error
     actual = captured(images).numpy()
     scale = float(np.abs(expected).max()) or 1.0
-    difference = float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
+    difference = (
+        float(np.abs(actual.reshape(expected.shape) - expected).max())
+        if actual.size == expected.size
+        else scale
+    )
     if not difference <= 1e-3 * scale:
         raise CaptureMismatchError(
-            f"The captured graph differs from the ONNX model by {difference:.3g} (outputs reach {scale:.3g}).",
+            f"The captured graph differs from the ONNX model by {difference:.3g} (of up to {scale:.3g}).",
             "Please report the model's operators; it cannot be quantized as it is.",
         )
 
 
 class _Conversion:
-    """One pass over the nodes; ``static`` holds what does not depend on the images, ``names`` the graph values."""
+    """One pass over the nodes; ``static`` holds what the images do not change, ``names`` the graph values."""
 
     def __init__(self, model: onnx.ModelProto, example: Tensor) -> None:
         self.model = model
-        self.opset = [entry for entry in model.opset_import]
+        self.opset = list(model.opset_import)
         self.builder = GraphBuilder(example)
         self.names: dict[str, str] = {_only_input(model).name: INPUT}
-        self.static: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.static: dict[str, np.ndarray] = {
+            t.name: numpy_helper.to_array(t) for t in model.graph.initializer
+        }
         self.parameters = {t.name for t in model.graph.initializer}
 
     def run(self) -> CapturedModel:
@@ -130,9 +149,13 @@ class _Conversion:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             if any(isinstance(v, (onnx.GraphProto, onnx.SparseTensorProto)) for v in attributes.values()):
                 raise unsupported(f"{node.op_type} (with a subgraph)", where)
-            unknown = [name for name in node.input if name and name not in self.names and name not in self.static]
+            unknown = [
+                name for name in node.input if name and name not in self.names and name not in self.static
+            ]
             if unknown:
-                raise ModelFormatError(f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", _REMEDY)
+                raise ModelFormatError(
+                    f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", _REMEDY
+                )
             if node.op_type == "Shape":
                 self._shape(node, attributes)
             elif not any(name in self.names for name in node.input):
@@ -141,13 +164,17 @@ class _Conversion:
                 self._convert(node, where, attributes)
         output = self.model.graph.output[0].name
         if output not in self.names:
-            raise UnsupportedOperatorError("The output does not depend on the input.", "Check the exported graph.")
+            raise UnsupportedOperatorError(
+                "The output does not depend on the input.", "Check the exported graph."
+            )
         return self.builder.finish(self.names[output])
 
     def _shape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         source = node.input[0]
         shape = self._example_of(source).shape if source in self.names else self.static[source].shape
-        self.static[node.output[0]] = np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
+        self.static[node.output[0]] = np.array(
+            shape[attributes.get("start", 0) : attributes.get("end")], np.int64
+        )
 
     def _fold(self, node: onnx.NodeProto) -> None:
         """A node over constants alone: its value, by ONNX's own reference implementation."""
@@ -155,8 +182,12 @@ class _Conversion:
         inputs = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()]  # fmt: skip # noqa: E501
         outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
         graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
-        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
-        self.static.update({name: np.asarray(value) for name, value in zip(node.output, results, strict=True)})
+        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(
+            None, values
+        )
+        self.static.update(
+            {name: np.asarray(value) for name, value in zip(node.output, results, strict=True)}
+        )
 
     def _example_of(self, name: str) -> Tensor:
         return self.builder.values[self.names[name]]
@@ -171,7 +202,8 @@ class _Conversion:
 
     def _convert(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> None:
         special: dict[str, Callable[[onnx.NodeProto, str, dict[str, Any]], list[str]]] = {
-            "Conv": self._conv, "Gemm": self._gemm, "MatMul": self._matmul, "BatchNormalization": self._batch_norm,
+            "Conv": self._conv, "Gemm": self._gemm, "MatMul": self._matmul,
+            "BatchNormalization": self._batch_norm,
             "MaxPool": self._pool, "AveragePool": self._pool, "Reshape": self._reshape, "Split": self._split,
             "Concat": self._concat, "Slice": self._slice, "Pad": self._pad,
             "ReduceMean": self._reduce_mean, "Clip": self._clip, "Squeeze": self._reshape_like,
@@ -186,7 +218,10 @@ class _Conversion:
         self.names.update(zip(node.output, results, strict=False))
 
     def _simple(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> str:
-        kind, source = node.op_type, self.names[node.input[0]]
+        kind = node.op_type
+        if node.input[0] not in self.names:
+            raise unsupported(f"{kind} of a constant", where)
+        source = self.names[node.input[0]]
         if kind in _UNARY:
             if kind == "Cast" and attributes["to"] != onnx.TensorProto.FLOAT:
                 raise unsupported("Cast to another type than float", where)
@@ -234,7 +269,12 @@ class _Conversion:
         if (top, left) != (bottom, right):
             source = self.builder.add("pad", f"{where}.pad", [source], {"pads": [left, right, top, bottom]})
             top = left = 0
-        settings = {"stride": stride, "padding": [top, left], "dilation": dilation, "groups": attributes.get("group", 1)}
+        settings = {
+            "stride": stride,
+            "padding": [top, left],
+            "dilation": dilation,
+            "groups": attributes.get("group", 1),
+        }
         weights = {"weight": self._tensor(weight)} | ({} if bias is None else {"bias": self._tensor(bias)})
         return [self.builder.add("conv2d", self._layer_name(node, where), [source], settings, weights)]
 
@@ -257,10 +297,14 @@ class _Conversion:
         return before[0], before[1], after[0], after[1]
 
     def _linear(self, node: onnx.NodeProto, where: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
-        weights = {"weight": self._tensor(weight)} | ({} if bias is None else {"bias": self._tensor(bias).reshape(-1)})
+        weights = {"weight": self._tensor(weight)} | (
+            {} if bias is None else {"bias": self._tensor(bias).reshape(-1)}
+        )
         if bias is not None and bias.size != weight.shape[0]:
             weights["bias"] = weights["bias"].expand(weight.shape[0])
-        return self.builder.add("linear", self._layer_name(node, where), [self.names[node.input[0]]], {}, weights)
+        return self.builder.add(
+            "linear", self._layer_name(node, where), [self.names[node.input[0]]], {}, weights
+        )
 
     def _gemm(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         weight, bias = self._constant(node, 1, where), self._constant(node, 2, where)
@@ -296,7 +340,10 @@ class _Conversion:
         if node.op_type == "AveragePool":
             if (top, left) != (bottom, right) or dilation != [1, 1]:
                 raise unsupported("AveragePool with uneven padding or dilation", where)
-            settings |= {"padding": [top, left], "count_include_pad": bool(attributes.get("count_include_pad", 0))}
+            settings |= {
+                "padding": [top, left],
+                "count_include_pad": bool(attributes.get("count_include_pad", 0)),
+            }
             return [self.builder.add("avg_pool2d", where, [source], settings)]
         if (top, left) != (bottom, right):
             raise unsupported("MaxPool with uneven padding", where)
@@ -319,7 +366,9 @@ class _Conversion:
         wanted = sorted(int(a) for a in (attributes.get("axes", []) if axes is None else axes))
         value = self.builder.values[source]
         if node.op_type == "Squeeze":
-            wanted = [a % value.dim() for a in wanted] or [a for a, size in enumerate(value.shape) if a and size == 1]
+            wanted = [a % value.dim() for a in wanted] or [
+                a for a, size in enumerate(value.shape) if a and size == 1
+            ]
             shape = [size for axis, size in enumerate(value.shape) if axis not in wanted]
         else:
             for axis in wanted:
@@ -343,16 +392,32 @@ class _Conversion:
 
     def _slice(self, node: onnx.NodeProto, where: str, _: dict[str, Any]) -> list[str]:
         starts, ends, axes, steps = (self._constant(node, index, where) for index in range(1, 5))
-        if starts is None or ends is None or axes is None or len(starts) != 1 or (steps is not None and set(steps) != {1}):
+        if (
+            starts is None
+            or ends is None
+            or axes is None
+            or len(starts) != 1
+            or (steps is not None and set(steps) != {1})
+        ):
             raise unsupported("Slice over several axes or with a step", where)
         source, dim = self.names[node.input[0]], int(axes[0])
-        start, end, _ = slice(int(starts[0]), int(ends[0])).indices(self.builder.values[source].shape[dim])
-        return [self.builder.add("slice", where, [source], {"dim": dim, "start": start, "length": end - start})]
+        start, end, _stride = slice(int(starts[0]), int(ends[0])).indices(
+            self.builder.values[source].shape[dim]
+        )
+        return [
+            self.builder.add("slice", where, [source], {"dim": dim, "start": start, "length": end - start})
+        ]
 
     def _pad(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         pads, value = self._constant(node, 1, where), self._constant(node, 2, where)
         mode = attributes.get("mode", b"constant").decode()
-        if pads is None or len(pads) != 8 or any(pads[[0, 1, 4, 5]]) or mode != "constant" or (value is not None and value != 0):
+        if (
+            pads is None
+            or len(pads) != 8
+            or any(pads[[0, 1, 4, 5]])
+            or mode != "constant"
+            or (value is not None and value != 0)
+        ):
             raise unsupported("Pad other than with zeros around the image", where)
         settings = {"pads": [int(pads[3]), int(pads[7]), int(pads[2]), int(pads[6])]}
         return [self.builder.add("pad", where, [self.names[node.input[0]]], settings)]
@@ -360,7 +425,11 @@ class _Conversion:
     def _concat(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         if not all(name in self.names for name in node.input):
             raise unsupported("Concat with a constant", where)
-        return [self.builder.add("concat", where, [self.names[n] for n in node.input], {"dim": attributes["axis"]})]
+        return [
+            self.builder.add(
+                "concat", where, [self.names[n] for n in node.input], {"dim": attributes["axis"]}
+            )
+        ]
 
     def _reduce_mean(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         axes = attributes.get("axes") if "axes" in attributes else self._constant(node, 1, where)

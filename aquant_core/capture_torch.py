@@ -65,7 +65,8 @@ _UNARY_FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Functions and tensor methods by name: operator and the order of their settings after the input."""
 
 _BINARY_FUNCTIONS = {
-    "add": "add", "iadd": "add", "sub": "sub", "isub": "sub", "mul": "mul", "imul": "mul", "truediv": "div", "div": "div",
+    "add": "add", "iadd": "add", "sub": "sub", "isub": "sub", "mul": "mul", "imul": "mul",
+    "truediv": "div", "div": "div",
 }  # fmt: skip
 
 
@@ -115,7 +116,9 @@ class _Conversion:
                     if node.args:  # an optional second input keeps its default
                         self.known[node] = args[0]
                         continue
-                    raise UnsupportedOperatorError("The network takes more than one input.", "Give it one image batch.")
+                    raise UnsupportedOperatorError(
+                        "The network takes more than one input.", "Give it one image batch."
+                    )
                 self.known[node] = _Value(INPUT)
             elif node.op == "get_attr":
                 self.known[node] = operator.attrgetter(node.target)(self.traced)
@@ -144,9 +147,10 @@ class _Conversion:
         if isinstance(module, nn.Linear):
             return _Value(self.builder.add("linear", path, [source], {}, _tensors(module)))
         if isinstance(module, nn.BatchNorm2d):
-            weights = _tensors(module) | {"running_mean": module.running_mean, "running_var": module.running_var}
-            if any(tensor is None for tensor in weights.values()):
+            mean, variance = module.running_mean, module.running_var
+            if mean is None or variance is None:
                 raise unsupported("BatchNorm2d without running statistics", path)
+            weights = _tensors(module) | {"running_mean": mean, "running_var": variance}
             return _Value(self.builder.add("batch_norm", path, [source], {"eps": module.eps}, weights))
         if kind in _UNARY_MODULES:
             op, settings = _UNARY_MODULES[kind]
@@ -184,7 +188,9 @@ class _Conversion:
         target = node.target
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if not any(isinstance(value, _Value) for value in _flat([*args, *kwargs.values()])):
-            return getattr(args[0], name)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)  # type: ignore[operator]
+            if callable(target):
+                return target(*args, **kwargs)
+            return getattr(args[0], name)(*args[1:], **kwargs)
         if name in ("size", "getattr", "dim"):
             example = self.builder.values[args[0]]
             return getattr(example, name)(*args[1:]) if name != "getattr" else getattr(example, args[1])
@@ -211,14 +217,24 @@ class _Conversion:
                 dims = list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
             return _Value(self.builder.add("permute", node.name, [args[0]], {"dims": dims}))
         if name == "chunk":
-            return self._chunks(node.name, args[0], args[1], kwargs.get("dim", args[2] if len(args) > 2 else 0))
+            return self._chunks(
+                node.name, args[0], args[1], kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            )
         if name == "getitem" and not isinstance(args[0], _Value):
             return args[0][args[1]]
-        if name == "pad" and len(args) >= 2 and len(args[1]) == 4 and not any(args[2:]) and not kwargs.get("value"):
+        if (
+            name == "pad"
+            and len(args) >= 2
+            and len(args[1]) == 4
+            and not any(args[2:])
+            and not kwargs.get("value")
+        ):
             return _Value(self.builder.add("pad", node.name, [args[0]], {"pads": list(args[1])}))
         if name in _UNARY_FUNCTIONS:
             op, order = _UNARY_FUNCTIONS[name]
-            settings = dict(zip(order, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in order}
+            settings = dict(zip(order, args[1:], strict=False)) | {
+                k: v for k, v in kwargs.items() if k in order
+            }
             return self._unary(op, node.name, args[0], settings)
         raise unsupported(name, node.name)
 
@@ -243,10 +259,12 @@ class _Conversion:
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    return [v for value in values for v in (_flat(list(value)) if isinstance(value, (list, tuple)) else [value])]
+    return [
+        v for value in values for v in (_flat(list(value)) if isinstance(value, (list, tuple)) else [value])
+    ]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter is not None}
-
-
+    return {
+        name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter is not None
+    }

@@ -1,4 +1,4 @@
-"""The quantized checkpoint: one safetensors file with packed integer codes, and one JSON document in its header."""
+"""The quantized checkpoint: one safetensors file, packed integer codes, and a JSON document in its header."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors_of(model), partial, {_KEY: json.dumps(document, separators=(",", ":"), sort_keys=True)})
+        save_file(
+            tensors_of(model), partial, {_KEY: json.dumps(document, separators=(",", ":"), sort_keys=True)}
+        )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -146,7 +148,9 @@ def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedM
     return model.requires_grad_(False)
 
 
-def _add_border(layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]) -> None:
+def _add_border(
+    layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]
+) -> None:
     layer.add_border(config)
     assert layer.border is not None
     with torch.no_grad():
@@ -170,5 +174,7 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: list[int]) -> Tenso
         raise CheckpointError(f"Tensor {name!r} is missing.", _REMEDY)
     tensor = tensors[name]
     if list(tensor.shape) != list(shape):
-        raise CheckpointError(f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", _REMEDY)
+        raise CheckpointError(
+            f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", _REMEDY
+        )
     return tensor

@@ -22,7 +22,10 @@ def _check_bits(bits: int) -> int:
 Bits = Annotated[
     int,
     AfterValidator(_check_bits),
-    Field(description="Bit width, 2 to 8, or 32 for float.", json_schema_extra={"enum": [2, 3, 4, 5, 6, 7, 8, 32]}),
+    Field(
+        description="Bit width, 2 to 8, or 32 for float.",
+        json_schema_extra={"enum": [2, 3, 4, 5, 6, 7, 8, 32]},
+    ),
 ]
 
 
@@ -35,9 +38,10 @@ class BorderConfig(_Strict):
 
     ``form``: ``quadratic`` is Eq. 8; ``linear`` drops its square term (the paper's choice for MobileNetV2 and
     MNASNet). ``bound``: how the learned shift is kept within half a step (``steep``: sigmoid(2.5 v) - 1/2,
-    ``stretched``: 2.5 (sigmoid(v) - 1/2) clipped, ``clip``: section 4.2's own). ``fusion``: ``channel_mean`` is Eq. 9.
-    ``alpha``: Eq. 9's weights, 1 or learned. ``granularity``: one border per im2col ``position`` (the paper) or
-    per input ``channel``. ``input_gradient``: whether the border's own dependence on its input carries gradient.
+    ``stretched``: 2.5 (sigmoid(v) - 1/2) clipped, ``clip``: section 4.2's own). ``fusion``: ``channel_mean``
+    is Eq. 9. ``alpha``: Eq. 9's weights, 1 or learned. ``granularity``: one border per im2col ``position``
+    (the paper) or per input ``channel``. ``input_gradient``: whether the border's own dependence on its input
+    carries gradient.
     """
 
     form: Literal["quadratic", "linear"] = "quadratic"
@@ -56,7 +60,8 @@ class BorderConfig(_Strict):
             )
         if self.alpha == "learned" and self.fusion != "channel_mean":
             raise ValueError(
-                'border.alpha "learned" weighs the terms of the channel mean: set border.fusion to "channel_mean"'
+                'border.alpha "learned" weighs the terms of the channel mean: '
+                'set border.fusion to "channel_mean"'
             )
         return self
 

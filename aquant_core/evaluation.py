@@ -1,4 +1,4 @@
-"""How good a quantized network is: accuracy where there are labels, likeness to the float network everywhere."""
+"""How good a quantized network is: accuracy where there are labels, likeness to the float one everywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def evaluation_batch_size(images: Tensor) -> int:
 @torch.inference_mode()
 def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """(N, classes) outputs of all images, batch by batch."""
-    return torch.cat([model(batch) for batch in images.split(evaluation_batch_size(images))]).flatten(1)
+    batches = torch.split(images, evaluation_batch_size(images))
+    return torch.cat([model(batch) for batch in batches]).flatten(1)
 
 
 def logits_digest(logits: Tensor) -> str:
@@ -52,7 +53,7 @@ def wilson_interval(fraction: float, count: int, z: float = 1.959964) -> tuple[f
 
 
 def fidelity(logits: Tensor, float_logits: Tensor) -> dict[str, Any]:
-    """Share of equal decisions, mean cosine of the logits, and their signal-to-quantization-noise ratio in dB."""
+    """Share of equal decisions, mean cosine of the logits, their signal-to-quantization-noise ratio in dB."""
     cosine = torch.nn.functional.cosine_similarity(logits, float_logits, dim=1)
     return {
         "agreement": round(float((logits.argmax(1) == float_logits.argmax(1)).float().mean()), 6),

@@ -11,9 +11,9 @@ from aquant_core.graph import INPUT, LAYERS, CapturedModel, Node
 
 
 def fold_batch_norm(model: CapturedModel) -> CapturedModel:
-    """A model without the BatchNorms that directly follow a layer nobody else reads; others stay as float nodes.
+    """A model without the BatchNorms that follow a layer nobody else reads; others stay.
 
-    With gamma, beta, mean, variance of the norm: ``W' = W gamma / sqrt(variance + eps)`` per output channel and
+    With gamma, beta, mean, variance of the norm: ``W' = W gamma / sqrt(variance + eps)`` per output channel,
     ``b' = (b - mean) gamma / sqrt(variance + eps) + beta``, computed in float64.
     """
     readers = Counter(name for node in model.nodes for name in node.inputs)
@@ -24,8 +24,15 @@ def fold_batch_norm(model: CapturedModel) -> CapturedModel:
     for node in model.nodes:
         inputs = tuple(replaced.get(name, name) for name in node.inputs)
         before = by_name.get(node.inputs[0]) if node.op == "batch_norm" else None
-        if before is not None and before.op in LAYERS and readers[before.name] == 1 and node.inputs[0] != INPUT:
-            weights[before.name] = _folded(weights[before.name], weights.pop(node.name), node.attributes["eps"])
+        if (
+            before is not None
+            and before.op in LAYERS
+            and readers[before.name] == 1
+            and node.inputs[0] != INPUT
+        ):
+            weights[before.name] = _folded(
+                weights[before.name], weights.pop(node.name), node.attributes["eps"]
+            )
             replaced[node.name] = before.name
         else:
             nodes.append(Node(node.name, node.op, inputs, node.attributes))
@@ -33,7 +40,11 @@ def fold_batch_norm(model: CapturedModel) -> CapturedModel:
 
 
 def _folded(layer: dict[str, Tensor], norm: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
-    weight, mean, variance = layer["weight"].double(), norm["running_mean"].double(), norm["running_var"].double()
+    weight, mean, variance = (
+        layer["weight"].double(),
+        norm["running_mean"].double(),
+        norm["running_var"].double(),
+    )
     factor = torch.rsqrt(variance + eps)
     if "weight" in norm:
         factor = factor * norm["weight"].double()

@@ -1,4 +1,4 @@
-"""Builds a graph node by node while running it on an example, so that shapes are known and nothing is guessed."""
+"""Builds a graph node by node while it runs on an example, so that shapes are known, not guessed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class GraphBuilder:
             )
         name = self._unique(name)
         node = Node(name, op, tuple(inputs), dict(attributes or {}))
-        held = {kind: tensor.detach().to("cpu", torch.float32).clone() for kind, tensor in (weights or {}).items()}
+        held = {
+            kind: tensor.detach().to("cpu", torch.float32).clone() for kind, tensor in (weights or {}).items()
+        }
         for kind, tensor in held.items():
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(
@@ -86,7 +88,8 @@ class GraphBuilder:
         """The captured model that ends in ``output``.
 
         Raises:
-            UnsupportedOperatorError: the output is not one vector of logits an image, or nothing can be quantized.
+            UnsupportedOperatorError: the output is not one vector of logits an image, or nothing can be
+                quantized.
         """
         value = self.values[output]
         if output == INPUT or value.dim() < 2 or value.shape[0] != self.example.shape[0]:
@@ -119,5 +122,7 @@ def unsupported(operator: str, where: str) -> AQuantError:
     """The error for an operator that no graph can hold."""
     return UnsupportedOperatorError(
         f"Operator {operator} at {where!r} is not supported.",
-        "Supported: " + ", ".join(sorted(OPERATORS)) + ". Replace it, or quantize the part of the network before it.",
+        "Supported: "
+        + ", ".join(sorted(OPERATORS))
+        + ". Replace it, or quantize the part of the network before it.",
     )

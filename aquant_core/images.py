@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,16 @@ from aquant_core.graph import CapturedModel
 MINIMUM_IMAGES = 16
 ENOUGH_IMAGES = 256
 _REMEDY = (
-    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,)."
+    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, "
+    "and, if you have them, `labels` (N,)."
 )
 Kind = Literal["calibration", "evaluation"]
+
+_UNREADABLE = (
+    OSError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, tokenize.TokenError,
+    SyntaxError, zlib.error, zipfile.BadZipFile, SafetensorError,
+)  # fmt: skip
+"""What numpy, zipfile and safetensors raise on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ def read_images(path: str | Path, what: Kind = "calibration") -> ImageSet:
     uint8 images are scaled to [0, 1]; floats are taken as they are.
 
     Args:
-        path: ``.npz`` (arrays ``images`` and, optionally, ``labels``; a single array of any name will do), ``.npy``,
-            or ``.safetensors``. The content decides, not the name. Nothing is unpickled.
+        path: ``.npz`` (arrays ``images`` and, optionally, ``labels``; a single array of any name will do),
+            ``.npy``, or ``.safetensors``. The content decides, not the name. Nothing is unpickled.
         what: how error messages call the set.
 
     Raises:
@@ -99,7 +108,9 @@ def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | 
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ImageSetError(
-            f"The {what} labels are {labels.dtype} of shape {labels.shape}, not integers of shape ({count},).", _REMEDY
+            f"The {what} labels are {labels.dtype} of shape {labels.shape}, "
+            f"not integers of shape ({count},).",
+            _REMEDY,
         )
     if labels.min() < 0:
         raise ImageSetError(f"The {what} labels go down to {labels.min()}.", "Classes are numbered from 0.")
@@ -117,12 +128,15 @@ def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
             return {"images": loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 
 
 def check_images(
-    model: CapturedModel, calibration: ImageSet, config: QuantizationConfig, evaluation: ImageSet | None = None
+    model: CapturedModel,
+    calibration: ImageSet,
+    config: QuantizationConfig,
+    evaluation: ImageSet | None = None,
 ) -> list[str]:
     """Checks that images, network and configuration belong together, before anything is computed.
 
@@ -130,24 +144,35 @@ def check_images(
         Warnings that do not stop the run.
 
     Raises:
-        ImageSetError: too few images, duplicates only, another shape than the network's, labels beyond its classes.
+        ImageSetError: too few images, duplicates only, another shape than the network's, labels too high.
         UnknownLayerError: the configuration names a layer that the network does not have.
     """
     names = [node.name for node in model.layers]
     for name in config.layers:
         if name not in names:
-            raise UnknownLayerError(f"layers: {name!r} is not a layer of this network.", f"It has {', '.join(names)}.")
+            raise UnknownLayerError(
+                f"layers: {name!r} is not a layer of this network.", f"It has {', '.join(names)}."
+            )
     if len(calibration) < MINIMUM_IMAGES:
         raise ImageSetError(
-            f"{len(calibration)} calibration images are too few.", f"Give {MINIMUM_IMAGES} or more; 1,024 are usual."
+            f"{len(calibration)} calibration images are too few.",
+            f"Give {MINIMUM_IMAGES} or more; 1,024 are usual.",
         )
     check_image_shape(model.input_shape, calibration.images, "calibration")
     warnings = []
-    distinct = len(torch.unique(calibration.images.flatten(1), dim=0)) if len(calibration) <= 4096 else len(calibration)
+    distinct = (
+        len(torch.unique(calibration.images.flatten(1), dim=0))
+        if len(calibration) <= 4096
+        else len(calibration)
+    )
     if distinct == 1:
-        raise ImageSetError("All calibration images are the same.", "Give images like those the network will see.")
+        raise ImageSetError(
+            "All calibration images are the same.", "Give images like those the network will see."
+        )
     if distinct < len(calibration):
-        warnings.append(f"{len(calibration) - distinct} of {len(calibration)} calibration images are duplicates.")
+        warnings.append(
+            f"{len(calibration) - distinct} of {len(calibration)} calibration images are duplicates."
+        )
     if len(calibration) < ENOUGH_IMAGES:
         warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
     if evaluation is not None:

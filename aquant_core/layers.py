@@ -1,4 +1,4 @@
-"""A quantized convolution or linear layer: it quantizes its own input, then multiplies (appendix B, figure 1(b))."""
+"""A quantized conv or linear layer: it quantizes its input, then multiplies (appendix B, fig. 1(b))."""
 
 from __future__ import annotations
 
@@ -110,36 +110,47 @@ class QuantizedLayer(nn.Module):
     def _quantized_pixels(self, x: Tensor) -> Tensor:
         """x_hat of x's own shape: for linear layers, one border per channel, no border, or a plain clip.
 
-        While the rounding schedule is 0 the border does not matter, whatever its granularity. A convolution pads x_hat
-        with 0, which is the code z.
+        While the rounding schedule is 0 the border does not matter, whatever its granularity. A convolution
+        pads x_hat with 0, which is the code z.
         """
         scale = self.activation_scale
         if scale is None:
             return x
-        border, features = None, x.shape[1] if x.dim() == 4 else x.shape[-1]
+        features = x.shape[1] if self.op == "conv2d" else x.shape[-1]
+        border = None
         if self.border is not None and self.rounding > 0:
             border = self.border.coefficients
-        maps = x if x.dim() == 4 else x.reshape(-1, features, 1, 1)
+        maps = x if self.op == "conv2d" else x.reshape(-1, features, 1, 1)
         spec = self._specification(fused=False)
         quantized = border_columns(maps, scale, border, None, Window(), spec, self.rounding).reshape(x.shape)
         return quantized if self.dropping is None else self.dropping(quantized, x)
 
     def _convolve_columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """im2col with the border, then one matrix product a group."""
-        assert self.border is not None and self.activation_scale is not None
+        assert self.border is not None
+        assert self.activation_scale is not None
         spec = self._specification(self.border_config.fusion == "channel_mean")
         columns = border_columns(
-            x, self.activation_scale, self.border.coefficients, self.border.alpha, self.window, spec, self.rounding
+            x,
+            self.activation_scale,
+            self.border.coefficients,
+            self.border.alpha,
+            self.window,
+            spec,
+            self.rounding,
         )  # (N, C K, L)
         images, windows = columns.shape[0], columns.shape[2]
         out_channels = weight.shape[0]
         matrix = weight.reshape(self.groups, out_channels // self.groups, -1)  # (G, O/G, C K/G)
         if self.groups == 1:
-            product = torch.matmul(matrix[0], columns)  # (N, O, L)
+            # bmm over images: matmul would fold them into one product, and copy the columns for it.
+            product = torch.bmm(matrix.expand(images, -1, -1), columns)  # (N, O, L)
         elif self.groups == self.in_channels == out_channels:  # depthwise: a weighted sum of the K positions
             product = (columns.reshape(images, out_channels, -1, windows) * matrix[:, 0, :, None]).sum(2)
         else:
-            product = torch.matmul(matrix, columns.reshape(images, self.groups, -1, windows))  # (N, G, O/G, L)
+            product = torch.matmul(
+                matrix, columns.reshape(images, self.groups, -1, windows)
+            )  # (N, G, O/G, L)
         rows, width = self.window.output_size(x.shape[2], x.shape[3])
         product = product.reshape(images, out_channels, rows, width)
         return product if self.bias is None else product + self.bias.reshape(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""A network whose layers are quantized: the graph of its float twin, with ``QuantizedLayer`` in place of each layer."""
+"""A network with quantized layers: the graph of its float twin, a ``QuantizedLayer`` in place of each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class QuantizedModel(nn.Module):
         if node.op in LAYERS:
             result: Tensor = self.layers[node.name](values[0])
             return result
-        constants = {kind: tensor.to(values[0].device) for kind, tensor in self.constants.get(node.name, {}).items()}
+        constants = {
+            kind: tensor.to(values[0].device) for kind, tensor in self.constants.get(node.name, {}).items()
+        }
         return OPERATORS[node.op](node.attributes, constants, *values)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def run_float_block(graph: CapturedModel, block: Block, x: Tensor) -> Tensor:
 
 
 def bits_of_layers(names: Iterable[str], config: QuantizationConfig) -> dict[str, tuple[int, int]]:
-    """Weight and activation bits of each layer: the network's, the first and last layer's own, then the overrides."""
+    """Weight and activation bits by layer: the network's, those of the first and last, then the overrides."""
     names = list(names)
     bits = {}
     for name in names:
@@ -96,7 +98,10 @@ def quantize_to_nearest(graph: CapturedModel, images: Tensor, config: Quantizati
             weight_bits, activation_bits = bits[node.name]
             if weight_bits != FLOAT_BITS:
                 grid = search_weight_grid(layer.float_weight, weight_bits)
-                layer.weight, layer.weight_bits = WeightRounding.nearest(layer.float_weight, grid), weight_bits
+                layer.weight, layer.weight_bits = (
+                    WeightRounding.nearest(layer.float_weight, grid),
+                    weight_bits,
+                )
             if activation_bits != FLOAT_BITS:
                 layer.quantize_activation(search_activation_grid(values[0], activation_bits), activation_bits)
         return graph.run_node(node, values)

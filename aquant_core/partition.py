@@ -1,9 +1,10 @@
 """Cuts a network into the blocks that are reconstructed one at a time.
 
-A cut is possible after a node whose value alone separates what comes before from what comes after: in graph terms,
-every path from input to output runs through it. Between two neighbouring cuts lies a residual block, or a single
-layer. Where the names of the layers tell of a module hierarchy, neighbouring single-path pieces of one module (the
-three layers of an inverted residual without a shortcut, say) are one block, as in the published recipes.
+A cut is possible after a node whose value alone separates what comes before from what comes after: in graph
+terms, every path from input to output runs through it. Between two neighbouring cuts lies a residual block,
+or a single layer. Where the names of the layers tell of a module hierarchy, neighbouring single-path pieces
+of one module (the three layers of an inverted residual without a shortcut, say) are one block, as in the
+published recipes.
 """
 
 from __future__ import annotations
@@ -50,10 +51,13 @@ def partition(model: CapturedModel) -> list[Block]:
         else:
             groups.append(list(piece))
             scope_of_group.append(scope)
-    blocks, entering = [], INPUT
+    blocks: list[Block] = []
+    entering = INPUT
     for nodes in groups:
         names = [node.name for node in nodes if node.op in LAYERS] or [nodes[0].name]
-        blocks.append(Block(_common_path(names), tuple(nodes), entering))
+        path = _common_path(names)
+        name = names[0] if any(block.name == path for block in blocks) else path
+        blocks.append(Block(name, tuple(nodes), entering))
         entering = nodes[-1].name
     return blocks
 
@@ -72,7 +76,7 @@ def _cut(nodes: list[Node]) -> list[list[Node]]:
 
 
 def _join_activations(pieces: list[list[Node]]) -> list[list[Node]]:
-    """An activation function belongs to the piece whose value it takes: it is that value that is reconstructed."""
+    """An activation function belongs to the piece whose value it takes: that is what is reconstructed."""
     joined: list[list[Node]] = []
     for piece in pieces:
         alone = len(piece) == 1 and piece[0].op in ELEMENTWISE
@@ -100,8 +104,11 @@ def _common_path(names: list[str]) -> str:
 
 
 def _scope(piece: list[Node]) -> str | None:
-    """The module that all layers of a piece lie in, if their names tell: the path up to the first index that is
-    followed by a name, ``features.2`` of ``features.2.conv.0.0`` and ``layer1.0`` of ``layer1.0.conv1``."""
+    """The module that all layers of a piece lie in, if their names tell.
+
+    It is the path up to the first index that is followed by a name: ``features.2`` of
+    ``features.2.conv.0.0``, ``layer1.0`` of ``layer1.0.conv1``.
+    """
     scopes = {_module_path(node.name) for node in piece if node.op in LAYERS}
     return scopes.pop() if len(scopes) == 1 else None
 

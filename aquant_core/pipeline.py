@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from aquant_core import checkpoint
-from aquant_core.capture import capture
+from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
 from aquant_core.fold import fold_batch_norm
@@ -26,7 +26,13 @@ from aquant_core.methods import METHODS, PRESETS, Preset
 from aquant_core.model import QuantizedModel, quantize_to_nearest, run_float_block
 from aquant_core.partition import Block, partition
 from aquant_core.progress import OnProgress, Progress
-from aquant_core.reconstruction import BlockCache, BlockHistory, Schedule, reconstruct_block, reconstruction_loss
+from aquant_core.reconstruction import (
+    BlockCache,
+    BlockHistory,
+    Schedule,
+    reconstruct_block,
+    reconstruction_loss,
+)
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -64,7 +70,8 @@ def quantize(
         model: anything ``capture`` takes; it is not changed.
         calibration: images like those the network will see.
         config: method, bits and switches.
-        evaluation: images, with labels if accuracy is wanted; without them part of the calibration set is held back.
+        evaluation: images, with labels if accuracy is wanted; without them part of the calibration set is
+            held back.
         on_progress: told what is under way; an exception it raises ends the run and reaches the caller.
         preset: iterations and learning rates in place of ``config.preset``'s.
 
@@ -106,7 +113,9 @@ def quantize(
         "accuracy": None
         if evaluation.labels is None
         else {name: accuracy(values, evaluation.labels) for name, values in named.items()},
-        "fidelity": {name: fidelity(values, float_logits) for name, values in named.items() if name != "float"},
+        "fidelity": {
+            name: fidelity(values, float_logits) for name, values in named.items() if name != "float"
+        },
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
         "blocks": run.history,
         "layers": [_describe_layer(quantized, name) for name in quantized.layers],
@@ -168,15 +177,21 @@ class _Reconstruction:
                 block_started = time.monotonic()
                 before = self._error(block, cache)
 
-                def on_iteration(step: int, loss: float, number: int = number, cost: float = cost, begun: float = begun) -> None:  # noqa: E501
+                def on_iteration(
+                    step: int, loss: float, number: int = number, cost: float = cost, begun: float = begun
+                ) -> None:
                     iterations = self.schedule.preset.iterations
                     done = begun + cost * (step + 1) / iterations
                     eta = (time.monotonic() - started) * (total - done) / done
                     self.tell(
-                        Progress("reconstruct", number, len(learned), step + 1, iterations, loss, round(eta, 1))
+                        Progress(
+                            "reconstruct", number, len(learned), step + 1, iterations, loss, round(eta, 1)
+                        )
                     )
 
-                generator = torch.Generator(device=images.device).manual_seed(_seed_of_block(self.seed, block.name))
+                generator = torch.Generator(device=images.device).manual_seed(
+                    _seed_of_block(self.seed, block.name)
+                )
                 curve = reconstruct_block(self.model, block, cache, self.schedule, generator, on_iteration)
                 spent += cost
             output = self._through(partial(self.model.run_block, block), cache.noised)
@@ -188,7 +203,7 @@ class _Reconstruction:
     @torch.no_grad()
     def _through(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """``function`` over all images, batch by batch."""
-        return torch.cat([function(batch) for batch in images.split(self.batch_size)])
+        return torch.cat([function(batch) for batch in torch.split(images, self.batch_size)])
 
     def _error(self, block: Block, cache: BlockCache) -> float:
         output = self._through(partial(self.model.run_block, block), cache.noised)
@@ -254,13 +269,13 @@ def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
 def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
     tensors = checkpoint.tensors_of(model)
     border = [t for name, t in tensors.items() if name.endswith((".border", ".alpha"))]
-    parameters = sum(tensor.numel() for kinds in captured.weights.values() for tensor in kinds.values())
+    folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
     return {
         "float_bytes": captured.float_bytes(),
         "quantized_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "border_bytes": sum(t.numel() * t.element_size() for t in border),
         "border_parameters": sum(t.numel() for t in border),
-        "border_share": round(sum(t.numel() for t in border) / parameters, 6),
+        "border_share": round(sum(t.numel() for t in border) / folded, 6),
     }
 
 

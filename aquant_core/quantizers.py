@@ -1,4 +1,4 @@
-"""Uniform quantization: the search for step and zero-point, and the learned rounding of weights (AdaRound)."""
+"""Uniform quantization: the search for step and zero-point, and learned weight rounding (AdaRound)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHRINK_STEPS = 100
 HISTOGRAM_BINS = 8192
 
 _ALL_ZERO_POINTS_UP_TO = 15
-"""Up to this largest code every zero-point is tried for every range, above it only the one the range implies."""
+"""Up to this largest code every zero-point is tried for every range, above it only the implied one."""
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 """gamma and zeta of the rectified sigmoid (Louizos, Welling and Kingma 2017)."""
@@ -30,7 +30,7 @@ def largest_code(bits: int) -> int:
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """x_hat = scale (q - zero_point) for codes q from 0 to ``levels``; per output channel or for a whole tensor."""
+    """x_hat = scale (q - zero_point) for codes q from 0 to ``levels``; per output channel or tensor."""
 
     scale: Tensor
     zero_point: Tensor
@@ -126,7 +126,9 @@ class WeightRounding(nn.Module):
     codes: Tensor
     ratio: Tensor | None
 
-    def __init__(self, codes: Tensor, grid: UniformGrid, shape: torch.Size, ratio: Tensor | None = None) -> None:
+    def __init__(
+        self, codes: Tensor, grid: UniformGrid, shape: torch.Size, ratio: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.levels = grid.levels
         self.shape = shape

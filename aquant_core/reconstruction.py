@@ -79,8 +79,10 @@ def reconstruct_block(
     """
     method, preset = schedule.method, schedule.preset
     layers = model.layers_of(block)
-    optimizer = _prepare(layers, schedule, generator)
     images, steps, history = len(cache.noised), preset.iterations, BlockHistory()
+    if all(layer.weight is None and layer.activation_scale is None for layer in layers):
+        return history  # a float block
+    optimizer = _prepare(layers, schedule, generator)
     drop_input = Dropping(method.drop_input, generator)
     for step in range(steps):
         chosen = torch.randperm(images, generator=generator, device=cache.noised.device)[: preset.batch_size]
@@ -94,7 +96,7 @@ def reconstruct_block(
                 group["lr"] = preset.scale_rate * schedules.cosine(step, steps)
         optimizer.zero_grad(set_to_none=True)
         loss = reconstruction_loss(model.run_block(block, x), cache.target[chosen])
-        (loss + _regulariser(layers, method, step, steps)).backward()
+        (loss + _regulariser(layers, method, step, steps)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         for layer in layers:
             layer.project()
@@ -108,7 +110,9 @@ def reconstruct_block(
     return history
 
 
-def _prepare(layers: list[QuantizedLayer], schedule: Schedule, generator: torch.Generator) -> torch.optim.Optimizer:
+def _prepare(
+    layers: list[QuantizedLayer], schedule: Schedule, generator: torch.Generator
+) -> torch.optim.Optimizer:
     """Makes the layers learnable; one Adam with a group for each kind of parameter."""
     border: list[Tensor] = []
     scale: list[Tensor] = []
@@ -136,7 +140,9 @@ def _prepare(layers: list[QuantizedLayer], schedule: Schedule, generator: torch.
     return torch.optim.Adam([group for group in groups if group["params"]])
 
 
-def _regulariser(layers: list[QuantizedLayer], method: MethodSettings, step: int, steps: int) -> Tensor | float:
+def _regulariser(
+    layers: list[QuantizedLayer], method: MethodSettings, step: int, steps: int
+) -> Tensor | float:
     """lambda sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4."""
     if not schedules.regulariser_acts(step, steps):
         return 0.0

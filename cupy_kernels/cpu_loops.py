@@ -32,6 +32,7 @@ from cupy_kernels.specification import (
 # float32 constants: a Python float would lift the whole expression to float64.
 _ZERO, _QUARTER, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.25, 0.5, 1.0, 2.0))
 _FACTOR, _LIMIT = np.float32(SCALE_OF_BOUND), np.float32(SIGMOID_LIMIT)
+_MAGIC = np.float32(1.5 * 2**23)
 _P0, _P1, _P2 = np.float32(SIGMOID_P0), np.float32(SIGMOID_P1), np.float32(SIGMOID_P2)
 _Q1, _Q2 = np.float32(SIGMOID_Q1), np.float32(SIGMOID_Q2)
 _STEEP, _STRETCHED, _CLIP = 0, 1, 2
@@ -48,6 +49,13 @@ _inline = partial(njit, error_model="numpy", inline="always")
 def _clamp(value, low, high):  # type: ignore[no-untyped-def]
     value = high if value > high else value
     return low if value < low else value
+
+
+@_inline()
+def _ceil(value):  # type: ignore[no-untyped-def]
+    """ceil of a value well below 2^22: the addition rounds to an integer; np.ceil would be a call for each element."""
+    nearest = (value + _MAGIC) - _MAGIC
+    return nearest if nearest >= value else nearest + _ONE
 
 
 @_inline()
@@ -90,17 +98,22 @@ def _multiply_by_slopes(u, e, b, bound, of_e):  # type: ignore[no-untyped-def]
 
 @_loop()
 def _fill_plane(x, scale, zero_point, levels, pads, t, u):  # type: ignore[no-untyped-def]
-    """Padded maps of t and u of one (H, W) plane."""
+    """Padded maps of t and u of one (H, W) plane; t is cut off where it is far outside the codes anyway."""
     inverse = _ONE / levels
     t[:] = zero_point
     for row in range(x.shape[0]):
         source, target = x[row], t[row + pads[0], pads[1] : pads[1] + x.shape[1]]
         for column in range(x.shape[1]):
-            target[column] = source[column] / scale + zero_point
-    for row in range(t.shape[0]):
-        source, target = t[row], u[row]
-        for column in range(t.shape[1]):
-            target[column] = _clamp(source[column], _ZERO, levels) * inverse
+            target[column] = _clamp(source[column] / scale + zero_point, -_TWO, levels + _TWO)
+    flat_t, flat_u = t.reshape(-1), u.reshape(-1)
+    for i in range(flat_t.shape[0]):
+        flat_u[i] = _clamp(flat_t[i], _ZERO, levels) * inverse
+
+
+# How a position's elements are laid out in memory: with stride 1 they are a run of the padded map itself, row after
+# row with the map's pitch (the few numbers between two rows belong to no window and are computed along); with other
+# strides they are gathered first. Inner loops run over one flat range either way. Index arithmetic is unsigned, since
+# for a signed index numba would check whether to count from the end.
 
 
 @_inline()
@@ -110,76 +123,122 @@ def _corner(position, geometry):  # type: ignore[no-untyped-def]
     return position // kernel_x * dilation_y, position % kernel_x * dilation_x
 
 
-@_loop()
-def _gather(padded, position, geometry, size, out):  # type: ignore[no-untyped-def]
-    """The elements of one position, window by window, from the padded map into a flat row."""
-    (top, left), step_y, step_x = _corner(position, geometry), geometry[1], geometry[2]
-    for row in range(size[0]):
-        source, target = padded[row * step_y + top], out[row * size[1] : (row + 1) * size[1]]
-        if step_x == 1:
-            target[:] = source[left : left + size[1]]
-        else:
-            for column in range(size[1]):
-                target[column] = source[left + column * step_x]
+@_inline()
+def _layout(padded_width, geometry, size):  # type: ignore[no-untyped-def]
+    """(dense, pitch, length) of a position's elements."""
+    dense = geometry[1] == 1 and geometry[2] == 1
+    pitch = padded_width if dense else size[1]
+    return dense, pitch, (size[0] - 1) * pitch + size[1]
 
 
 @_loop()
-def _scatter_add(values, position, geometry, size, padded):  # type: ignore[no-untyped-def]
-    """The adjoint of ``_gather``."""
-    (top, left), step_y, step_x = _corner(position, geometry), geometry[1], geometry[2]
-    for row in range(size[0]):
-        source, target = values[row * size[1] : (row + 1) * size[1]], padded[row * step_y + top]
-        if step_x == 1:
-            shifted = target[left : left + size[1]]
-            for column in range(size[1]):
-                shifted[column] += source[column]
-        else:
-            for column in range(size[1]):
-                target[left + column * step_x] += source[column]
-
-
-@_loop()
-def _zero_padding(values, position, geometry, pads, extent, size):  # type: ignore[no-untyped-def]
-    """Zeroes, in a flat row of windows, those whose element at this position is padding."""
+def _elements(padded, position, geometry, size, scratch):  # type: ignore[no-untyped-def]
+    """A position's elements: a run of the padded map, or gathered into ``scratch``."""
     top, left = _corner(position, geometry)
-    for row in range(size[0]):
-        y = row * geometry[1] + top - pads[0]
-        windows = values[row * size[1] : (row + 1) * size[1]]
-        if y < 0 or y >= extent[0]:
-            windows[:] = _ZERO
-            continue
-        for column in range(size[1]):
-            x = column * geometry[2] + left - pads[1]
-            if x >= 0:
-                break
-            windows[column] = _ZERO
-        for column in range(size[1] - 1, -1, -1):
-            x = column * geometry[2] + left - pads[1]
-            if x < extent[1]:
-                break
-            windows[column] = _ZERO
+    dense, pitch, length = _layout(padded.shape[1], geometry, size)
+    flat = padded.reshape(-1)
+    if dense:
+        start = top * pitch + left
+        return flat[start : start + length]
+    step_x = np.uint64(geometry[2])
+    for row in range(np.uint64(size[0])):
+        source = (row * np.uint64(geometry[1]) + np.uint64(top)) * np.uint64(padded.shape[1]) + np.uint64(left)
+        target = row * np.uint64(size[1])
+        for column in range(np.uint64(size[1])):
+            scratch[target + column] = flat[source + column * step_x]
+    return scratch
 
 
 @_loop()
-def _fuse(u, border, alpha, geometry, bound, size, u_here, e, b):  # type: ignore[no-untyped-def]
-    """Eq. 9 over one plane: B of every window, into ``b``; u_here and e are scratch."""
+def _add_to_elements(values, position, geometry, size, padded):  # type: ignore[no-untyped-def]
+    """The adjoint of ``_elements``."""
+    top, left = _corner(position, geometry)
+    dense, pitch, length = _layout(padded.shape[1], geometry, size)
+    flat = padded.reshape(-1)
+    if dense:
+        start = top * pitch + left
+        target_run = flat[start : start + length]
+        for i in range(length):
+            target_run[i] += values[i]
+        return
+    step_x = np.uint64(geometry[2])
+    for row in range(np.uint64(size[0])):
+        target = (row * np.uint64(geometry[1]) + np.uint64(top)) * np.uint64(padded.shape[1]) + np.uint64(left)
+        source = row * np.uint64(size[1])
+        for column in range(np.uint64(size[1])):
+            flat[target + column * step_x] += values[source + column]
+
+
+@_inline()
+def _covered(offset, stride, extent, size):  # type: ignore[no-untyped-def]
+    """The half-open range of windows whose element, at ``offset`` from the unpadded map, lies inside that map."""
+    first = 0 if offset >= 0 else (stride - 1 - offset) // stride
+    last = (extent - 1 - offset) // stride + 1 if extent > offset else 0
+    first = min(first, size)
+    return np.uint64(first), np.uint64(max(min(last, size), first))
+
+
+@_inline()
+def _inside(position, geometry, pads, extent, size):  # type: ignore[no-untyped-def]
+    """Ranges of rows and of columns of windows in which a position is not padding."""
+    top, left = _corner(position, geometry)
+    first_row, last_row = _covered(top - pads[0], geometry[1], extent[0], size[0])
+    first, last = _covered(left - pads[1], geometry[2], extent[1], size[1])
+    return first_row, last_row, first, last
+
+
+@_loop()
+def _write_windows(values, pitch, inside, size, out):  # type: ignore[no-untyped-def]
+    """Copies a position's values to its row of the columns; 0 where the position is padding."""
+    first_row, last_row, first, last = inside
+    columns = np.uint64(size[1])
+    for row in range(np.uint64(size[0])):
+        source, target = row * np.uint64(pitch), row * columns
+        if row < first_row or row >= last_row:
+            for column in range(columns):
+                out[target + column] = _ZERO
+            continue
+        for column in range(first):
+            out[target + column] = _ZERO
+        for column in range(first, last):
+            out[target + column] = values[source + column]
+        for column in range(last, columns):
+            out[target + column] = _ZERO
+
+
+@_loop()
+def _read_windows(row_of_columns, pitch, inside, size, values):  # type: ignore[no-untyped-def]
+    """The adjoint of ``_write_windows``: gradients of a position's values, 0 for padding and between rows."""
+    first_row, last_row, first, last = inside
+    values[:] = _ZERO
+    for row in range(first_row, last_row):
+        source, target = row * np.uint64(size[1]), row * np.uint64(pitch)
+        for column in range(first, last):
+            values[target + column] = row_of_columns[source + column]
+
+
+@_loop()
+def _fuse(u, border, alpha, geometry, bound, size, scratch, e, b):  # type: ignore[no-untyped-def]
+    """Eq. 9 over one plane: B of every window, into ``b``."""
     positions = border.shape[1]
     inverse = _ONE / np.float32(positions)
     for position in range(positions):
-        _gather(u, position, geometry, size, u_here)
-        _shifts(u_here, border[:, position], bound, e)
+        _shifts(_elements(u, position, geometry, size, scratch), border[:, position], bound, e)
         weight = alpha[position]
-        for i in range(b.shape[0]):
-            b[i] = e[i] * weight + (b[i] if position > 0 else _ZERO)
+        if position == 0:
+            for i in range(b.shape[0]):
+                b[i] = e[i] * weight
+        else:
+            for i in range(b.shape[0]):
+                b[i] += e[i] * weight
     for i in range(b.shape[0]):
         b[i] = b[i] * inverse + _HALF
 
 
 @_loop()
-def _unfused_border(u, b_of_position, position, geometry, bound, size, u_here, b):  # type: ignore[no-untyped-def]
+def _unfused_border(u, b_of_position, bound, b):  # type: ignore[no-untyped-def]
     """B of every window for one position, without fusion."""
-    _gather(u, position, geometry, size, u_here)
-    _shifts(u_here, b_of_position, bound, b)
+    _shifts(u, b_of_position, bound, b)
     for i in range(b.shape[0]):
         b[i] += _HALF
 
@@ -188,33 +247,35 @@ def _unfused_border(u, b_of_position, position, geometry, bound, size, u_here, b
 def _quantize(t, b, scale, zero_point, levels, rounding, out):  # type: ignore[no-untyped-def]
     if rounding == _ONE:
         for i in range(out.shape[0]):
-            out[i] = (_clamp(np.ceil(t[i] - b[i]), _ZERO, levels) - zero_point) * scale
+            out[i] = (_clamp(_ceil(t[i] - b[i]), _ZERO, levels) - zero_point) * scale
     else:
         for i in range(out.shape[0]):
-            q = (np.ceil(t[i] - b[i]) - t[i]) * rounding + t[i]
+            q = (_ceil(t[i] - b[i]) - t[i]) * rounding + t[i]
             out[i] = (_clamp(q, _ZERO, levels) - zero_point) * scale
 
 
 @_loop(parallel=True, cache=True)
 def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):  # type: ignore[no-untyped-def]  # noqa: E501
     images, channels, height, width = x.shape
-    positions, windows = out.shape[2:]
+    positions = out.shape[2]
     for plane in prange(images * channels):
         n, c = plane // channels, plane % channels
         t = np.empty((height + 2 * pads[0], width + 2 * pads[1]), np.float32)
         u = np.empty_like(t)
-        b = np.full(windows, _HALF, np.float32)
-        t_here, u_here = np.empty_like(b), np.empty_like(b)
+        _, pitch, length = _layout(t.shape[1], geometry, size)
+        b = np.full(length, _HALF, np.float32)
+        scratch_t, scratch_u, values = np.empty_like(b), np.empty_like(b), np.empty_like(b)
         _fill_plane(x[n, c], scale, zero_point, levels, pads, t, u)
         if bordered and fused:
-            _fuse(u, border[c], alpha[c], geometry, bound, size, u_here, t_here, b)
+            _fuse(u, border[c], alpha[c], geometry, bound, size, scratch_u, values, b)
         for position in range(positions):
             if bordered and not fused:
-                _unfused_border(u, border[c, :, position], position, geometry, bound, size, u_here, b)
-            _gather(t, position, geometry, size, t_here)
-            target = out[n, c, position]
-            _quantize(t_here, b, scale, zero_point, levels, rounding, target)
-            _zero_padding(target, position, geometry, pads, (height, width), size)
+                u_here = _elements(u, position, geometry, size, scratch_u)
+                _unfused_border(u_here, border[c, :, position], bound, b)
+            t_here = _elements(t, position, geometry, size, scratch_t)
+            _quantize(t_here, b, scale, zero_point, levels, rounding, values)
+            inside = _inside(position, geometry, pads, (height, width), size)
+            _write_windows(values, pitch, inside, size, out[n, c, position])
 
 
 @_loop(fastmath={"reassoc", "nsz"})
@@ -238,7 +299,7 @@ def _sum(a):  # type: ignore[no-untyped-def]
 def _backward_of_rounding(t, b, g, scale, zero_point, levels, rounding, of_scale, of_t, of_b):  # type: ignore[no-untyped-def]
     """From the gradient of x_hat to those of s (direct part), t and B, element by element."""
     for i in range(t.shape[0]):
-        rounded = np.ceil(t[i] - b[i])
+        rounded = _ceil(t[i] - b[i])
         q = rounded if rounding == _ONE else (rounded - t[i]) * rounding + t[i]
         of_scale[i] = _clamp(q, _ZERO, levels) - zero_point
         passed = g[i] * scale if q >= _ZERO and q <= levels else _ZERO
@@ -272,51 +333,53 @@ def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, 
 @_loop(parallel=True, cache=True)
 def _backward(grad, x, scale, zero_point, levels, border, alpha, bordered, fused, bound, input_gradient, rounding, pads, geometry, size, grad_x, sums_of_scale, sums_of_border):  # type: ignore[no-untyped-def]  # noqa: E501
     images, channels, height, width = x.shape
-    positions, windows = grad.shape[2:]
+    positions = grad.shape[2]
     inverse_positions = _ONE / np.float32(positions)
     for plane in prange(images * channels):
         n, c = plane // channels, plane % channels
         t = np.empty((height + 2 * pads[0], width + 2 * pads[1]), np.float32)
         u, of_t = np.empty_like(t), np.zeros_like(t)
-        b = np.full(windows, _HALF, np.float32)
-        t_here, u_here, g, e = np.empty_like(b), np.empty_like(b), np.empty_like(b), np.empty_like(b)
+        _, pitch, length = _layout(t.shape[1], geometry, size)
+        b = np.full(length, _HALF, np.float32)
+        scratch_t, scratch_u, g, e = np.empty_like(b), np.empty_like(b), np.empty_like(b), np.empty_like(b)
         of_scale, of_b, of_t_here, total_of_b = np.empty_like(b), np.empty_like(b), np.empty_like(b), np.zeros_like(b)
         _fill_plane(x[n, c], scale, zero_point, levels, pads, t, u)
         if bordered and fused:
-            _fuse(u, border[c], alpha[c], geometry, bound, size, u_here, e, b)
+            _fuse(u, border[c], alpha[c], geometry, bound, size, scratch_u, e, b)
         sum_of_scale = np.float64(0.0)
         for position in range(positions):
             b_of_position = border[c, :, position]
+            u_here = _elements(u, position, geometry, size, scratch_u)
             if bordered and not fused:
-                _unfused_border(u, b_of_position, position, geometry, bound, size, u_here, b)
-            _gather(t, position, geometry, size, t_here)
-            g[:] = grad[n, c, position]
-            _zero_padding(g, position, geometry, pads, (height, width), size)
+                _unfused_border(u_here, b_of_position, bound, b)
+            t_here = _elements(t, position, geometry, size, scratch_t)
+            inside = _inside(position, geometry, pads, (height, width), size)
+            _read_windows(grad[n, c, position], pitch, inside, size, g)
             _backward_of_rounding(t_here, b, g, scale, zero_point, levels, rounding, of_scale, of_t_here, of_b)
             sum_of_scale += np.float64(_sum_of_products(of_scale, g))
-            _scatter_add(of_t_here, position, geometry, size, of_t)
+            _add_to_elements(of_t_here, position, geometry, size, of_t)
             if bordered and fused:
-                for i in range(windows):
+                for i in range(length):
                     total_of_b[i] += of_b[i]
             elif bordered:
                 sums = sums_of_border[n, c, position]
                 _backward_of_shifts(
                     t_here, u_here, e, of_b, _ONE, b_of_position, bound, levels, input_gradient, sums, of_t_here
                 )
-                _scatter_add(of_t_here, position, geometry, size, of_t)
+                _add_to_elements(of_t_here, position, geometry, size, of_t)
         if bordered and fused:
-            for i in range(windows):
+            for i in range(length):
                 total_of_b[i] *= inverse_positions
             for position in range(positions):
-                _gather(t, position, geometry, size, t_here)
-                _gather(u, position, geometry, size, u_here)
+                t_here = _elements(t, position, geometry, size, scratch_t)
+                u_here = _elements(u, position, geometry, size, scratch_u)
                 of_b[:] = total_of_b
                 sums, b_of_position = sums_of_border[n, c, position], border[c, :, position]
                 _backward_of_shifts(
                     t_here, u_here, e, of_b, alpha[c, position], b_of_position, bound, levels, input_gradient, sums,
                     of_t_here,
                 )  # fmt: skip
-                _scatter_add(of_t_here, position, geometry, size, of_t)
+                _add_to_elements(of_t_here, position, geometry, size, of_t)
         for row in range(height):
             source, target = of_t[row + pads[0], pads[1] : pads[1] + width], grad_x[n, c, row]
             for column in range(width):

@@ -29,7 +29,7 @@ def reference_only() -> Iterator[None]:
 
 
 def implementation(x: Tensor) -> ModuleType:
-    """The module that computes for ``x``: fused loops for fp32 on a CPU where numba is installed, else the reference."""
+    """The module that computes for ``x``: fused loops for fp32 on a CPU with numba, else the reference."""
     if (
         not _forced_reference
         and x.device.type == "cpu"
@@ -76,7 +76,7 @@ def border_columns(
     spec: BorderSpecification,
     rounding: float = 1.0,
 ) -> Tensor:
-    """Quantized im2col columns of ``x``, differentiable in x, scale, border and alpha (see ``reference.forward``).
+    """Quantized im2col columns of ``x``, differentiable in x, scale, border, alpha (``reference.forward``).
 
     Returns:
         (N, C K, L) of x's dtype: s (q - z), exactly 0 where the window reaches into the padding.
@@ -86,20 +86,29 @@ def border_columns(
     """
     channels, positions = x.shape[1] if x.dim() == 4 else -1, window.positions
     if x.dim() != 4 or not x.dtype.is_floating_point:
-        raise ValueError(f"x must be a floating point (N, C, H, W) tensor, not {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be a floating point (N, C, H, W) tensor, not {x.dtype} of shape {tuple(x.shape)}"
+        )
     if scale.dim() != 0:
         raise ValueError(f"scale must be a scalar tensor, not of shape {tuple(scale.shape)}")
     if border is not None and (border.shape[1:] != (channels, positions) or len(border) not in (2, 3)):
         raise ValueError(f"border must be (2 or 3, {channels}, {positions}), not {tuple(border.shape)}")
     if alpha is not None and (border is None or not spec.fused or alpha.shape != (channels, positions)):
-        raise ValueError(f"alpha must be ({channels}, {positions}), beside a fused border; got {tuple(alpha.shape)}")
+        raise ValueError(
+            f"alpha must be ({channels}, {positions}), beside a fused border; got {tuple(alpha.shape)}"
+        )
     result = _BorderColumns.apply(x, scale, border, alpha, window, spec, rounding)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
 
 def border_codes(
-    x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    window: Window,
+    spec: BorderSpecification,
 ) -> Tensor:
     """The integer codes behind ``border_columns``, uint8 (N, C K, L)."""
     return reference.codes(x, scale, border, alpha, window, spec)

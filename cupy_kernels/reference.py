@@ -1,11 +1,12 @@
 """Border quantization in plain torch: the specification that every kernel is held to, code for code.
 
 Symbols are the paper's: t = x / s + z, the activation in units of the step; u = clip(t, 0, Q) / Q with
-Q = 2^M - 1; v = b2 u^2 + b1 u + b0 (Eq. 8); e its bounded shift (appendix B); B = 1/2 + e, or the channel's mean
-of e over the window (Eq. 9); q = clip(ceil(t - B), 0, Q); x_hat = s (q - z).
+Q = 2^M - 1; v = b2 u^2 + b1 u + b0 (Eq. 8); e its bounded shift (appendix B); B = 1/2 + e, or the channel's
+mean of e over the window (Eq. 9); q = clip(ceil(t - B), 0, Q); x_hat = s (q - z).
 
 Shapes: N images, C input channels, K positions of a window, L = H_out x W_out windows. The columns are never
-unfolded first: each position is a strided view of one padded map, so a pass touches N C L numbers that stay in cache.
+unfolded first: each position is a strided view of one padded map, so a pass touches N C L numbers that stay
+in cache.
 """
 
 from __future__ import annotations
@@ -89,7 +90,12 @@ class _Positions:
         row, column = divmod(position, self.window.kernel_size[1])
         top, left = row * self.window.dilation[0], column * self.window.dilation[1]
         (step_y, step_x), (rows, columns) = self.window.stride, self.size
-        return padded[:, :, top : top + step_y * (rows - 1) + 1 : step_y, left : left + step_x * (columns - 1) + 1 : step_x]
+        return padded[
+            :,
+            :,
+            top : top + step_y * (rows - 1) + 1 : step_y,
+            left : left + step_x * (columns - 1) + 1 : step_x,
+        ]
 
     def shift(self, position: int) -> tuple[Tensor, Tensor]:
         """v (Eq. 8) and e of one position, each (N, C, H_out, W_out)."""
@@ -103,7 +109,7 @@ class _Positions:
         return v, bounded_shift(v, self.spec)
 
     def mean_border(self, alpha: Tensor | None) -> Tensor:
-        """Eq. 9's B, (N, C, H_out, W_out); the sum runs over positions in order, a padded slot taking part."""
+        """Eq. 9's B, (N, C, H_out, W_out); the sum runs over positions in order, padded slots included."""
         total: Tensor | None = None
         for position in range(self.window.positions):
             e = self.shift(position)[1]
@@ -136,7 +142,7 @@ def codes(
     window: Window,
     spec: BorderSpecification,
 ) -> Tensor:
-    """The integer codes q of every im2col slot, uint8 (N, C K, L); a padded slot's code is z (DESIGN: exact zero)."""
+    """Integer codes q of all im2col slots, uint8 (N, C K, L); a padded slot's code is z, so exactly 0."""
     positions = _Positions(x, scale, border, window, spec)
     out = positions.columns(x).to(torch.uint8)
     for position, b in enumerate(positions.borders(alpha)):
@@ -196,9 +202,9 @@ def backward(
     spec: BorderSpecification,
     rounding: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``forward``: of x, s, the border's coefficients and alpha; B is recomputed, nothing is kept.
+    """Gradients of ``forward``: of x, s, the border's coefficients and alpha; B is recomputed, nothing kept.
 
-    ceil is straight-through, so inside the clip d q~/d t = 1 with B held fixed and d q~/d B = -a (appendix C).
+    ceil is straight-through, so inside the clip d q~/d t = 1 with B held fixed, d q~/d B = -a (appendix C).
 
     Args:
         grad: gradient of the columns, (N, C K, L); the other arguments are ``forward``'s.

@@ -7,7 +7,8 @@ from typing import Literal
 
 Bound = Literal["steep", "stretched", "clip"]
 
-# sigmoid(w) - 1/2 as one fixed sequence of fp32 operations, so that equal inputs give equal codes on every device:
+# sigmoid(w) - 1/2 as one fixed sequence of fp32 operations, so that equal inputs give equal codes
+# on every device:
 #   w := clip(w, -LIMIT, LIMIT);  z := w w;  (w ((p2 z + p1) z + p0)) / ((q2 z + q1) z + 1)
 # A minimax fit on the interval; it differs from the exact sigmoid by at most 5.6e-6.
 SIGMOID_LIMIT = 8.0
@@ -23,7 +24,7 @@ SCALE_OF_BOUND = 2.5
 
 @dataclass(frozen=True)
 class Window:
-    """Geometry of a sliding window over a (N, C, H, W) map, as in ``torch.nn.Unfold``; each pair is (y, x)."""
+    """Geometry of a sliding window over a (N, C, H, W) map, as in ``nn.Unfold``; each pair is (y, x)."""
 
     kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)

@@ -1,4 +1,4 @@
-"""The artifact store: uploads and results as objects under one prefix per job, each written whole or not at all."""
+"""The artifact store: uploads and results under one prefix per job, each written whole or not at all."""
 
 from __future__ import annotations
 

@@ -191,5 +191,5 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.headers.get("content-type", "").startswith("application/problem+json"):
         raise ServiceProblemError(Problem.model_validate_json(response.content))
     raise ServiceUnreachableError(
-        f"{response.url} answered {response.status_code} without a problem document; is this an AQuant service?"
+        f"{response.url} answered {response.status_code} without a problem document; is it an AQuant service?"
     )

@@ -1,4 +1,4 @@
-"""Everything about a deployment that can be set from outside, read once from AQUANT_* environment variables."""
+"""Everything about a deployment that can be set from outside, by AQUANT_* environment variables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ GIB = 1024 * MIB
 class Settings(BaseSettings):
     """One deployment's settings; API and worker read the same ones.
 
-    Only ``data_dir`` is needed by a stack on one machine: database, artifacts and work folders live inside it unless
-    an address says otherwise.
+    Only ``data_dir`` is needed by a stack on one machine: database, artifacts and work folders live inside it
+    unless an address says otherwise.
     """
 
     model_config = SettingsConfigDict(

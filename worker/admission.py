@@ -1,4 +1,4 @@
-"""The worker's side of the intake: fetches the uploads, has the sandboxed child read them, and judges how it ended."""
+"""The worker's side of the intake: fetches the uploads, has the sandbox read them, judges how it ended."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The worker's Celery app (`celery -A worker.celery_app worker`): one spawned child at a time, no torch in the parent."""
+"""The worker's Celery app (`celery -A worker.celery_app worker`): one spawned child, no torch here."""
 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from celery.signals import setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
@@ -12,6 +13,10 @@ from service.jobs.queue import make_celery
 from service.settings import Settings
 from worker.presence import Presence
 from worker.workplace import clear_abandoned
+
+# The spawned child inherits it before torch starts its threads: on cores shared with the API and the broker,
+# OpenMP threads that spin while they wait cost more than the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings = Settings()
 app = make_celery(settings)

@@ -1,7 +1,7 @@
-"""Child process (`python -m worker.intake REQUEST`): turns uploads into a captured model and checked image sets.
+"""Child process (`python -m worker.intake REQUEST`): makes uploads a captured model and checked image sets.
 
-It runs in the sandbox and is the only place where uploads are parsed. What it says goes to standard output as one
-JSON object a line: ``{"stage": ...}`` as it goes along, and at the end ``{"warnings": [...]}`` or
+It runs in the sandbox and is the only place where uploads are parsed. What it says goes to standard output as
+one JSON object a line: ``{"stage": ...}`` as it goes along, and at the end ``{"warnings": [...]}`` or
 ``{"problem": {...}}``.
 """
 
@@ -42,13 +42,13 @@ def take_in(request: Request, folder: Path) -> list[str]:
     Raises:
         AQuantError: what is wrong with the upload.
     """
-    from aquant_core.capture import capture
+    from aquant_core.capture_model import capture
     from aquant_core.images import check_images, read_images
 
     calibration = read_images(request.calibration, what="calibration")
     evaluation = None if request.evaluation is None else read_images(request.evaluation, what="evaluation")
     _say(stage="capture")
-    captured = capture(request.model, request.config.architecture)
+    captured = capture(request.model, request.config.architecture, calibration.images[:2])
     warnings = check_images(captured, calibration, request.config, evaluation)
     captured.save(folder / CAPTURED)
     calibration.save(folder / CALIBRATION)
@@ -68,7 +68,7 @@ def main(path: str) -> int:
     except MemoryError:
         problem = Problem.of_job(
             "upload_too_large_for_memory",
-            f"Reading the upload takes more than the {request.limits.memory_bytes} bytes of memory it is given.",
+            f"Reading the upload takes more than the {request.limits.memory_bytes} bytes it is given.",
             "Send a smaller model or fewer images, or have the operator raise AQUANT_INTAKE_MEMORY_BYTES.",
         )
     except Exception as error:  # a file made to break its reader ends here

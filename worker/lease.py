@@ -1,4 +1,4 @@
-"""Holds a job while it is worked on: renews the lease, writes progress, and notices when the work must stop."""
+"""Holds a job while it is worked on: renews the lease, writes progress, notices when to stop."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class JobTimeoutError(JobStopError):
 class Lease:
     """A claim kept alive by a thread for as long as the ``with`` block runs.
 
-    The working thread calls :meth:`report`, which is cheap: it leaves its progress for the next renewal and raises
-    if the job has to stop.
+    The working thread calls :meth:`report`, which is cheap: it leaves its progress for the next renewal and
+    raises if the job has to stop.
     """
 
     def __init__(self, claim: Claim, settings: Settings, sessions: sessionmaker[Session]) -> None:

@@ -1,4 +1,4 @@
-"""Publishes a job's results: files first, each whole or not at all, then one fenced commit that makes them the job's."""
+"""Publishes a job's results: files first, each whole, then one fenced commit that makes them the job's."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def publish(
 ) -> JobState | None:
     """Store report and checkpoint and end the job; its last state, or None where the claim was lost.
 
-    The keys hold the attempt's number, so that an outlived worker cannot write over its successor's files; where
-    the commit does not make the files the job's, they are deleted again.
+    The keys hold the attempt's number, so that an outlived worker cannot write over its successor's files;
+    where the commit does not make the files the job's, they are deleted again.
     """
     checkpoint = folder / "quantized.safetensors"
     report = folder / "report.json"

@@ -1,4 +1,4 @@
-"""Runs a program that reads untrusted files: a child process with hard limits, a bare environment and a watch."""
+"""Runs a program that reads untrusted files: a child with hard limits, a bare environment and a watch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _KEPT_VARIABLES = (
     "PYTHONPATH",
     "VIRTUAL_ENV",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
 )
 
 _PR_SET_PDEATHSIG = 1
@@ -117,7 +118,7 @@ def run(
 
 
 def confine(limits: Limits, parent: int) -> None:
-    """Called by the child first of all: limits that cannot be raised again, no network, no life after its parent."""
+    """Called by the child first of all: limits that cannot be raised, no network, no life without parent."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -83,7 +83,7 @@ class JobRunner:
             log.exception("job %s failed", job.id)
             problem = Problem.of_job(
                 "internal_error",
-                f"The worker met an error it did not expect ({type(error).__name__}) while running job {job.id}.",
+                f"The worker met an error it did not expect ({type(error).__name__}) in job {job.id}.",
                 "Report it with the job's id: the worker's log has the details.",
             )
         return self._finish(lease, JobState.FAILED, problem)

@@ -41,11 +41,11 @@ _FORM: dict[str, Any] = {
                     "properties": {
                         "model": {
                             **_FILE,
-                            "description": "ONNX, or a safetensors or .pth state dict with config.architecture.",
+                            "description": "ONNX, or a safetensors or .pth state dict.",
                         },
                         "calibration": {
                             **_FILE,
-                            "description": "Images (N, C, H, W) as .npz (`images`, `labels`), .npy or safetensors.",
+                            "description": "Images (N, C, H, W): .npz (`images`, `labels`), .npy ...",
                         },
                         "evaluation": {**_FILE, "description": "Labelled images to measure accuracy on."},
                         "config": {"$ref": "#/components/schemas/QuantizationConfig"},

@@ -1,4 +1,4 @@
-"""Reads a multipart form part by part as it arrives, so that a file of any size passes through in constant memory."""
+"""Reads a multipart form part by part as it arrives, so that any file passes through in constant memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from service.jobs.errors import FormError, FormTypeError, UploadTooLargeError
 
 REMEDY = (
-    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the field "
-    "`config` (JSON)."
+    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
+    "field `config` (JSON)."
 )
 
 

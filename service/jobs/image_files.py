@@ -1,4 +1,4 @@
-"""Checks an image file by its headers alone: npz, npy or safetensors, arrays of a shape and type that can be images."""
+"""Checks an image file by its headers alone: arrays of a shape and type that can be images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from service.jobs.errors import ImagesInvalidError
 from service.jobs.safetensors_header import HeaderError, looks_like_safetensors, read_header
 
 FORMATS = (
-    "Send an .npz with an array `images` of shape (N, C, H, W) (uint8 or float32) and, if there are any, `labels` "
-    "of shape (N,); or the images alone as .npy; or the same names as safetensors."
+    "Send an .npz with an array `images` of shape (N, C, H, W) (uint8 or float32) and, if there are any, "
+    "`labels` of shape (N,); or the images alone as .npy; or the same names as safetensors."
 )
 _MAX_HEADER_BYTES = 64 * 1024
 _MAX_ENTRIES = 64
@@ -82,8 +82,8 @@ def _check_arrays(arrays: dict[str, _Array], what: str, max_bytes: int) -> None:
         )
     if len(images.shape) != 4 or not all(images.shape):
         raise ImagesInvalidError(
-            f"The {what} images have the shape {list(images.shape)}; four dimensions (N, C, H, W) are needed, "
-            "none of them 0.",
+            f"The {what} images have the shape {list(images.shape)}; four dimensions (N, C, H, W) are "
+            "needed, none of them 0.",
             FORMATS,
         )
     unpacked = math.prod(images.shape) * _IMAGE_KINDS[images.dtype]

@@ -1,4 +1,4 @@
-"""Tells by its content what a model file is, and refuses what is damaged or never read; nothing is parsed into objects.
+"""Tells by its content what a model file is, and refuses what is damaged or never read.
 
 What needs the model itself (operators, weights, shapes) is checked later, in the worker's sandbox.
 """
@@ -20,7 +20,7 @@ _MAX_ZIP_ENTRIES = 100_000
 
 
 def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
-    """The format of a model file: ``onnx``, ``safetensors`` or ``pth`` (a state dict, read in the sandbox only).
+    """The format of a model file: ``onnx``, ``safetensors`` or ``pth`` (a state dict, for the sandbox only).
 
     Raises:
         ModelRefusedError: a format that runs code when read.
@@ -33,8 +33,8 @@ def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
     elif head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ModelRefusedError(
             "The model is a bare pickle, which can run code when it is read.",
-            "Save the weights with safetensors.torch.save_file(model.state_dict(), path) and name the network in "
-            "config.architecture, or export the model with torch.onnx.export.",
+            "Save the weights with safetensors.torch.save_file(model.state_dict(), path) and name the "
+            "network in config.architecture, or export the model with torch.onnx.export.",
         )
     elif looks_like_safetensors(head):
         kind = _check_safetensors(file, size)
@@ -62,7 +62,7 @@ def _check_safetensors(file: BinaryIO, size: int) -> str:
 
 
 def _check_zip(file: BinaryIO) -> str:
-    """A zip is what torch.save, torch.jit.save and torch.export.save write; only the first is read, by the sandbox."""
+    """A zip is what torch.save, torch.jit.save and torch.export.save write; only the first is ever read."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -81,7 +81,7 @@ def _check_zip(file: BinaryIO) -> str:
         )
     if any(name.startswith(("models/", "serialized_", "archive_format")) for name in inner):
         raise ModelRefusedError(
-            "The model is a torch.export archive (.pt2), whose reader is not safe with files of unknown origin.",
+            "The model is a torch.export archive (.pt2), whose reader is not safe with foreign files.",
             f"Load it where you trust it and export it to ONNX: {export}.",
         )
     if "data.pkl" not in inner:
@@ -90,7 +90,7 @@ def _check_zip(file: BinaryIO) -> str:
 
 
 def _check_onnx(file: BinaryIO, size: int) -> None:
-    """Walk the outermost fields of the protobuf message, which is enough to notice another format or a cut."""
+    """Walk the outermost fields of the protobuf message, enough to notice another format or a cut."""
     position, seen = 0, set()
     while position < size:
         tag, position = _varint(file, position)

@@ -1,8 +1,9 @@
 """The message queue: how API and worker reach the broker, and the one message there is ("try job X").
 
-The settings follow from experiments: a task that outlives the visibility timeout is delivered twice, and a worker
-that prefetches redelivers what it holds without end. Hence a visibility timeout above the job's time limit, late
-acknowledgement, no prefetching; and since every message may arrive twice or never, the database row decides.
+The settings follow from experiments: a task that outlives the visibility timeout is delivered twice, and a
+worker that prefetches redelivers what it holds without end. Hence a visibility timeout above the job's time
+limit, late acknowledgement, no prefetching; and since every message may arrive twice or never, the database
+row decides.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def make_celery(settings: Settings) -> Celery:
     """
     if settings.broker_url is None:
         raise BrokerUnknownError(
-            "No broker is configured. Set AQUANT_BROKER_URL (redis://host:port/0), or start the whole stack with "
-            "`aquant up`, which brings its own."
+            "No broker is configured. Set AQUANT_BROKER_URL (redis://host:port/0), or start the whole stack "
+            "with `aquant up`, which brings its own."
         )
     hard_limit = settings.job_seconds + 600  # the worker ends a job itself; this is for one that hangs
     app = Celery("aquant")

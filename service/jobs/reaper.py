@@ -29,7 +29,7 @@ def worker_lost(attempt: int) -> Problem:
     return Problem.of_job(
         "worker_lost",
         f"The worker stopped without a word while it ran this job, {attempt} times.",
-        "Most often it ran out of memory: try a smaller model or fewer images, or give the worker more memory.",
+        "Most often it ran out of memory: try a smaller model or fewer images, or a worker with more memory.",
     )
 
 

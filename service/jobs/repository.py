@@ -142,7 +142,7 @@ class JobRepository:
         return state
 
     def give_back(self, claim: Claim, max_attempts: int, error: dict[str, Any]) -> JobState | None:
-        """End an attempt that came to nothing: back to the queue, or failed with ``error`` after the last one.
+        """End an attempt that came to nothing: back to the queue, or failed with ``error`` after the last.
 
         Returns the state the job is in now, or None where the claim was lost.
         """

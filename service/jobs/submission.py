@@ -1,4 +1,4 @@
-"""Takes a job in: checks its configuration and its uploads by their content, then puts in the row and tells a worker."""
+"""Takes a job in: checks configuration and uploads by content, puts in the row, tells the workers."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Submitter:
             if name not in submission.uploads:
                 raise FormError(
                     f"The form has no file `{name}`.",
-                    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and "
-                    "the field `config` (JSON).",
+                    "Send multipart/form-data with the files `model` and `calibration`, optionally "
+                    "`evaluation`, and the field `config` (JSON).",
                 )
         records = [
             ArtifactRecord(
@@ -119,7 +119,7 @@ def read_config(text: bytes) -> QuantizationConfig:
         return QuantizationConfig.model_validate_json(text)
     except ValidationError as error:
         faults = [
-            f"{'.'.join(str(part) for part in fault['loc']) or 'config'}: {_plain(fault['type'], fault['msg'])}"
+            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {_plain(fault['type'], fault['msg'])}"
             for fault in error.errors(include_url=False, include_context=False)
         ]
         raise ConfigError(f"The configuration is not valid: {'; '.join(faults)}.", CONFIG_REMEDY) from error

@@ -66,8 +66,10 @@ def finished(stack: Stack) -> tuple[JobDocument, list[JobDocument]]:
 def worker_child(stack: Stack) -> psutil.Process:
     """The process in which the worker runs its tasks."""
     worker = next(part for part in stack.components if part.name == "worker")
-    children = psutil.Process(worker.process.pid).children()
-    return next(child for child in children if "resource_tracker" not in " ".join(child.cmdline()))
+    for child in psutil.Process(worker.process.pid).children():
+        if child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(child.cmdline()):
+            return child
+    raise AssertionError("the worker has no child")
 
 
 def until(client: Client, job_id: str, reached: Callable[[JobDocument], bool]) -> JobDocument:
@@ -84,9 +86,7 @@ def test_progress_was_shown_on_the_way(finished: tuple[JobDocument, list[JobDocu
     assert job.finished_at is not None
     assert job.created_at <= job.started_at <= job.finished_at
     assert job.attempt == 1
-    rebuilt = [one.progress for one in seen if one.stage == "reconstruct"]
-    assert rebuilt
-    assert all(1 <= progress.block <= progress.blocks for progress in rebuilt)
+    assert {one.state for one in seen} >= {JobState.RUNNING, JobState.SUCCEEDED}
 
 
 def test_report_and_checkpoint_are_those_of_the_job(
@@ -103,9 +103,7 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_checkpoint_comes_in_ranges(
-    stack: Stack, finished: tuple[JobDocument, list[JobDocument]]
-) -> None:
+def test_checkpoint_comes_in_ranges(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
     job, _ = finished
     url, size = f"{stack.url}{job.links.checkpoint}", job.files["checkpoint"].size
     whole = httpx.get(url).content
@@ -176,7 +174,12 @@ def test_bad_upload_is_refused_at_once(
 @pytest.mark.parametrize(
     ("changes", "config", "code", "word"),
     [
-        ({"calibration": lambda: npz(images=np.zeros((64, 3, 28, 28), np.uint8))}, {}, "images_invalid", "28"),
+        (
+            {"calibration": lambda: npz(images=np.zeros((64, 3, 28, 28), np.uint8))},
+            {},
+            "images_invalid",
+            "28",
+        ),
         ({"calibration": lambda: npz(images=np.zeros((64, 1, 9, 9), np.uint8))}, {}, "images_invalid", "9"),
         ({"calibration": lambda: npz(images=np.zeros((1, 1, 28, 28), np.uint8))}, {}, "images_invalid", "1"),
         (
@@ -187,8 +190,8 @@ def test_bad_upload_is_refused_at_once(
         ),
         ({}, {"layers": {"nowhere": {"weight_bits": 4}}}, "layer_unknown", "nowhere"),
         ({"model": lambda: state_dict()}, {"architecture": "resnet999"}, "architecture_unknown", "resnet999"),
-        ({"model": lambda: state_dict()}, {"architecture": "resnet18"}, "weights_mismatch", "conv1.weight"),
-        ({"model": lambda: unsupported()}, {}, "operator_unsupported", "NonMaxSuppression"),
+        ({"model": lambda: state_dict()}, {"architecture": "resnet18"}, "weights_mismatch", "fc.weight"),
+        ({"model": lambda: unsupported()}, {}, "operator_unsupported", "Hardmax"),
     ],
 )
 def test_bad_upload_fails_in_the_intake(
@@ -226,21 +229,20 @@ def state_dict() -> bytes:
 def unsupported() -> bytes:
     from onnx import TensorProto, helper
 
-    graph = helper.make_graph(
-        [helper.make_node("NonMaxSuppression", ["boxes", "scores"], ["y"])],
-        "net",
-        [
-            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, "n", 4]),
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 1, "n"]),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.INT64, ["m", 3])],
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, 28, 28]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Hardmax", ["x"], ["y"])], "net", [x], [y])
+    return bytes(
+        helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+        ).SerializeToString()
     )
-    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]).SerializeToString())
 
 
 def test_running_job_is_cancelled(client: Client, stack: Stack) -> None:
     job = client.submit(MODEL, CALIBRATION, LONG)
-    until(client, job.id, lambda now: now.stage == "reconstruct")
+    progress = until(client, job.id, lambda now: now.stage == "reconstruct").progress
+    assert 1 <= progress.block <= progress.blocks
+    assert 0 <= progress.iteration <= progress.iterations == LONG["iterations"]
     assert client.cancel(job.id).state == JobState.CANCELLING
     ended = client.wait(job.id, PATIENCE)
     assert (ended.state, ended.error, ended.links.checkpoint) == (JobState.CANCELLED, None, None)
@@ -263,7 +265,7 @@ def test_job_of_a_killed_worker_is_run_again(client: Client, stack: Stack) -> No
 def test_job_whose_workers_all_die_fails_with_a_reason(client: Client, stack: Stack) -> None:
     job = client.submit(MODEL, CALIBRATION, LONG)
     for attempt in (1, 2, 3):
-        until(client, job.id, lambda now, n=attempt: now.attempt == n and now.state == "running")  # type: ignore[misc]
+        until(client, job.id, lambda now, n=attempt: now.attempt == n and now.state == "running")
         worker_child(stack).kill()
     ended = client.wait(job.id, PATIENCE)
     assert ended.state == JobState.FAILED
@@ -284,6 +286,7 @@ def test_no_part_outlives_the_stack(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="broker stopped by itself"):
             stack.check()
     assert len(family) >= 4
-    assert not [process for process in family if process.is_running()]
+    _, alive = psutil.wait_procs(family, timeout=10)  # a killed process takes a moment to go
+    assert alive == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)

@@ -1,4 +1,4 @@
-"""Real parts for the service's tests: SQLite, an artifact folder, a Valkey server, and the files a user would send."""
+"""Real parts for the service's tests: SQLite, an artifact folder, a Valkey server, a user's files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def onnx_model() -> bytes:
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 10])],
         [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
 
 
@@ -120,9 +120,7 @@ def onnx_model() -> bytes:
 def images() -> bytes:
     """64 labelled images of 1 x 8 x 8 as .npz."""
     rng = np.random.default_rng(1)
-    return npz(
-        images=rng.integers(0, 256, (64, 1, 8, 8)).astype(np.uint8), labels=rng.integers(0, 10, 64)
-    )
+    return npz(images=rng.integers(0, 256, (64, 1, 8, 8)).astype(np.uint8), labels=rng.integers(0, 10, 64))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the API process must not weigh: no torch is imported, and an upload's size does not show in its memory."""
+"""What the API process must not weigh: no torch, and no memory that grows with an upload."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ os._exit(0)  # the store's native threads may still be winding down, which abort
 
 def _run(program: str, settings: Settings) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program, settings.model_dump_json()], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, settings.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

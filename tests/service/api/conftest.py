@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import AbstractContextManager, contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import uvicorn

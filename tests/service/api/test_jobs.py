@@ -110,7 +110,8 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
         ),
         (
             "multipart/form-data; boundary=b",
-            b'--b\r\nContent-Disposition: form-data; name="config"\r\n\r\n{"weight_bits":2,"activation_bits":2}\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="config"\r\n\r\n'
+            b'{"weight_bits":2,"activation_bits":2}\r\n'
             b'--b\r\nContent-Disposition: form-data; name="config"\r\n\r\n{}\r\n--b--\r\n',
             400,
             "`config` twice",

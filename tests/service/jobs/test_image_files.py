@@ -72,7 +72,10 @@ def test_sound_files(data: bytes, kind: str) -> None:
         (npz(images=IMAGES, labels=np.zeros(6)), "labels are of type"),
         (npz(images=np.array([None] * 6)), "Python objects"),
         (npy(np.array([{}])), "Python objects"),
-        (npz(images=np.zeros((20_000, 1, 8, 8), np.uint8)), "1280000 bytes unpacked; this service takes 1000000"),
+        (
+            npz(images=np.zeros((20_000, 1, 8, 8), np.uint8)),
+            "1280000 bytes unpacked; this service takes 1000000",
+        ),
         (npy(IMAGES)[:-1], "the file has 511"),
         (npz(images=IMAGES)[:-30], "cut short"),
         (npz(images=IMAGES)[:60], "cut short"),

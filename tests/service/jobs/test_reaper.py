@@ -49,7 +49,9 @@ def test_unannounced_job_is_announced_once(
     reaper.round()
     assert queue.depth() == 0  # its submitter may be about to announce it
     with sessions.begin() as session:
-        JobRepository(session).get(job_id).created_at = now() - timedelta(seconds=settings.renudge_seconds + 1)
+        JobRepository(session).get(job_id).created_at = now() - timedelta(
+            seconds=settings.renudge_seconds + 1
+        )
     reaper.round()
     reaper.round()
     assert queue.depth() == 1

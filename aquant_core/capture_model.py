@@ -21,20 +21,22 @@ _DEFAULT_SIZE = 224
 
 
 def capture(
-    model: CapturedModel | nn.Module | str | Path, architecture: str | None = None, example: Tensor | None = None
+    model: CapturedModel | nn.Module | str | Path,
+    architecture: str | None = None,
+    example: Tensor | None = None,
 ) -> CapturedModel:
     """Captures a network and checks that the graph reproduces it.
 
     Args:
-        model: a torch module, or the path of an ONNX file, of a safetensors state dict, or of a ``.pth`` state dict
-            (read with ``weights_only=True``); the state dicts need ``architecture``.
+        model: a torch module, or the path of an ONNX file, of a safetensors state dict, or of a ``.pth``
+            state dict (read with ``weights_only=True``); the state dicts need ``architecture``.
         architecture: a name of ``aquant_core.architectures``.
-        example: two or more images (N, C, H, W) of the size the network is used at. Without them random ones of the
-            size the ONNX file declares, else 224 x 224.
+        example: two or more images (N, C, H, W) of the size the network is used at. Without them random ones
+            of the size the ONNX file declares, else 224 x 224.
 
     Raises:
-        ModelFormatError, UnsupportedOperatorError, UnknownArchitectureError, WeightsMismatchError, NonFiniteError,
-        CaptureMismatchError, ImageSetError: see ``aquant_core.errors``.
+        ModelFormatError, UnsupportedOperatorError, UnknownArchitectureError, WeightsMismatchError,
+        NonFiniteError, CaptureMismatchError, ImageSetError: see ``aquant_core.errors``.
     """
     if isinstance(model, CapturedModel):
         return model
@@ -68,7 +70,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ModelFormatError(f"The safetensors file is damaged: {error}.", "Write it again with save_file.") from error
+        raise ModelFormatError(
+            f"The safetensors file is damaged: {error}.", "Write it again with save_file."
+        ) from error
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
@@ -99,7 +103,9 @@ def _checked_module(model: nn.Module, example: Tensor | None) -> CapturedModel:
         expected = model(example.to(next(model.parameters()).device)).cpu()
     model.train(was_training)
     if not torch.isfinite(expected).all():
-        raise NonFiniteError("The float network gives NaN or infinity.", "Check its weights and the images' scaling.")
+        raise NonFiniteError(
+            "The float network gives NaN or infinity.", "Check its weights and the images' scaling."
+        )
     actual = captured(example)
     difference = float((actual - expected).abs().max())
     if not difference <= 1e-4 * max(float(expected.abs().max()), 1e-6):

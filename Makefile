@@ -1,0 +1,54 @@
+# Two commands are the whole set-up: `make demo` and `make test`. Each makes .venv if need be.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# OpenMP threads that wait should sleep, not spin: the service's processes share the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint types unit format constraints clean help
+
+help:
+	@echo "make demo     quantize a real network through the real service (sets up .venv first)"
+	@echo "make test     set up, lint, check types and imports, run all tests"
+	@echo "make format   format and fix what can be fixed"
+
+demo: .venv/worker
+	$(BIN)/python examples/fashion_mnist/demo.py
+
+test: lint types unit
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/dev
+	$(BIN)/mypy
+
+unit: .venv/dev
+	$(BIN)/pytest
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch's version is given, not searched for: each release is paired with one of torchvision.
+constraints: .venv/dev
+	printf 'torch==2.13.0\ntorchvision==0.28.0\n' | $(BIN)/uv pip compile --universal --python-version 3.11 \
+	  --all-extras --no-annotate --no-header -c - pyproject.toml -o constraints.txt
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/worker: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing the service and its worker (PyTorch included) into .venv ..."
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[worker]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing the service and the development tools (PyTorch included) into .venv ..."
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch .venv/worker $@
+
+clean:
+	rm -rf .venv out data build dist *.egg-info

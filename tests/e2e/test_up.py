@@ -1,0 +1,44 @@
+"""`aquant up` from a shell: it says where it is, and stops cleanly when told to."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_up_prints_its_address_and_stops(tmp_path: Path, how: signal.Signals) -> None:
+    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        lines = []
+        for line in up.stdout:
+            lines.append(line)
+            if line.startswith("ready"):
+                break
+        assert [line.split()[0] for line in lines] == ["broker", "worker", "api", "ready"]
+        assert httpx.get(f"{lines[-1].split()[1]}/health/ready").is_success
+        family = psutil.Process(up.pid).children(recursive=True)
+        assert len(family) >= 3
+        up.send_signal(how)
+        rest = up.stdout.read()
+    assert (up.returncode, rest.strip()) == (0, "stopped")
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_killed_up_takes_its_parts_along(tmp_path: Path) -> None:
+    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        assert any(line.startswith("ready") for line in iter(up.stdout.readline, ""))
+        family = psutil.Process(up.pid).children(recursive=True)
+        up.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == []

@@ -1,0 +1,59 @@
+"""The command line without a service: what it says when something is missing."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from service import cli, local
+
+
+@pytest.fixture(autouse=True)
+def no_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    commands = list(cli.app.registered_commands)
+    monkeypatch.setattr(cli.app, "registered_commands", commands)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["aquant", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "show", "x", "--url", "http://127.0.0.1:1") == 1
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:1" in error
+    assert "aquant up" in error
+
+
+def test_bad_bits_are_refused_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "m").write_bytes(b"x")
+    arguments = ["submit", str(tmp_path / "m"), "--calibration", str(tmp_path / "m")]
+    assert run(monkeypatch, *arguments, "--weight-bits", "9", "--activation-bits", "2") == 2
+    assert "weight_bits: Value error, must be 2 to 8" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    with pytest.raises(local.MissingExtraError, match=r"'worker' \(torch not found\)"):
+        local.require_extras()
+    assert run(monkeypatch, "up") == 1
+    assert "aquant-service[worker]" in capsys.readouterr().err
+
+
+def test_commands_of_other_packages_join_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = EntryPoint("where", "os:getcwd", cli.COMMAND_GROUP)
+    absent = EntryPoint("quantize", "no_such_package.cli:quantize", cli.COMMAND_GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [there, absent])
+    assert run(monkeypatch, "where") == 0
+    assert run(monkeypatch, "quantize", "model.onnx", "--bits", "2") == 1
+    assert "no_such_package" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""Uploads pass through the sandboxed child, or are refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+from aquant_core.graph import CapturedModel
+from aquant_core.images import ImageSet
+from service.artifacts import Artifacts
+from service.jobs.repository import Claim, JobRepository
+from service.settings import Settings
+from worker import admission
+from worker.admission import IntakeFailedError, IntakeLostError, admit
+from worker.lease import JobCancelledError, Lease
+from worker.sandbox import Outcome
+
+Claimed = Callable[..., Claim]
+Sessions = sessionmaker[Session]
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    """A convolution and a linear layer on 1 x 8 x 8 images, as ONNX."""
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "conv.weight"], ["c"], name="conv", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["r"], name="relu"),
+            helper.make_node("GlobalAveragePool", ["r"], ["p"], name="pool"),
+            helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
+            helper.make_node("Gemm", ["f", "fc.weight"], ["y"], name="fc", transB=1),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 10])],
+        [
+            onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+            for name, shape in {"conv.weight": (4, 1, 3, 3), "fc.weight": (10, 4)}.items()
+        ],
+    )
+    return bytes(
+        helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+        ).SerializeToString()
+    )
+
+
+@pytest.fixture
+def images() -> bytes:
+    return npz(images=np.random.default_rng(1).integers(0, 256, (64, 1, 8, 8)).astype(np.uint8))
+
+
+@pytest.fixture
+def enter(
+    settings: Settings, sessions: Sessions, artifacts: Artifacts, tmp_path: Path
+) -> Callable[[Claim], admission.Intake]:
+    def enter(claim: Claim) -> admission.Intake:
+        (tmp_path / "work").mkdir()
+        with sessions() as session:
+            job = JobRepository(session).get("job")
+        with Lease(claim, settings, sessions) as lease:
+            return admit(job, lease, tmp_path / "work", artifacts, settings)
+
+    return enter
+
+
+def test_sound_uploads_come_out_as_the_cores_own_files(
+    enter: Callable[[Claim], admission.Intake], claimed: Claimed, model: bytes, images: bytes, tmp_path: Path
+) -> None:
+    intake = enter(claimed(model=("onnx", model), calibration=("npz", images), evaluation=("npz", images)))
+    captured = CapturedModel.load(intake.captured)
+    assert tuple(captured.input_shape) == (1, 8, 8)
+    assert ImageSet.load(intake.calibration).images.shape == (64, 1, 8, 8)
+    assert intake.evaluation is not None
+    assert ImageSet.load(intake.evaluation).labels is None
+    assert not list((tmp_path / "work").glob("model.*"))
+
+
+def test_fault_is_told_with_the_cores_code(
+    enter: Callable[[Claim], admission.Intake], claimed: Claimed, model: bytes
+) -> None:
+    spoilt = np.zeros((64, 1, 8, 8), np.float32)
+    spoilt[3, 0, 2, 2] = np.nan
+    with pytest.raises(IntakeFailedError) as caught:
+        enter(claimed(model=("onnx", model), calibration=("npz", npz(images=spoilt))))
+    assert caught.value.problem.code == "values_not_finite"
+    assert not isinstance(caught.value, IntakeLostError)
+
+
+def test_cancel_ends_the_child(
+    enter: Callable[[Claim], admission.Intake],
+    claimed: Claimed,
+    sessions: Sessions,
+    model: bytes,
+    images: bytes,
+) -> None:
+    claim = claimed(model=("onnx", model), calibration=("npz", images))
+    with sessions.begin() as session:
+        JobRepository(session).cancel("job")
+    with pytest.raises(JobCancelledError):
+        enter(claim)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "lost"),
+    [
+        (Outcome(-signal.SIGKILL, timed_out=True, stopped=False, stderr=""), "intake_timeout", False),
+        (Outcome(-signal.SIGXCPU, timed_out=False, stopped=False, stderr=""), "intake_timeout", False),
+        (Outcome(-signal.SIGKILL, timed_out=False, stopped=False, stderr=""), "intake_killed", True),
+        (Outcome(-signal.SIGSEGV, timed_out=False, stopped=False, stderr=""), "intake_crashed", False),
+        (Outcome(0, timed_out=False, stopped=False, stderr=""), "intake_crashed", False),
+    ],
+)
+def test_wordless_end_has_a_reason(
+    enter: Callable[[Claim], admission.Intake],
+    claimed: Claimed,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: Outcome,
+    code: str,
+    lost: bool,
+) -> None:
+    monkeypatch.setattr(admission.sandbox, "run", lambda *_: outcome)
+    with pytest.raises(IntakeFailedError) as caught:
+        enter(claimed(model=("onnx", b"x"), calibration=("npz", b"x")))
+    assert (caught.value.problem.code, isinstance(caught.value, IntakeLostError)) == (code, lost)

@@ -1,0 +1,95 @@
+"""The lease shows progress, and stops the work when it must stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session, sessionmaker
+
+from aquant_core.progress import Progress
+from service.jobs.records import JobRecord
+from service.jobs.repository import Claim, JobRepository, now
+from service.settings import Settings
+from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease, LeaseLostError
+
+Claimed = Callable[..., Claim]
+Sessions = sessionmaker[Session]
+AT_WORK = Progress("reconstruct", 2, 8, 10, 100, math.nan, 4.5)
+
+
+def work(lease: Lease, until: Callable[[], bool] = lambda: False) -> None:
+    """Report as a core would, until told otherwise."""
+    deadline = time.monotonic() + 20
+    while not until():
+        assert time.monotonic() < deadline, "nothing happened"
+        lease.report(AT_WORK)
+        time.sleep(0.01)
+
+
+def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    claim = claimed()
+    with sessions.begin() as session:
+        session.execute(update(JobRecord).values(lease_expires_at=now()))
+
+    def shown() -> bool:
+        with sessions() as session:
+            job = JobRepository(session).get("job")
+            return job.stage == "reconstruct"
+
+    with Lease(claim, settings, sessions) as lease:
+        work(lease, shown)
+    with sessions() as session:
+        job = JobRepository(session).get("job")
+        assert job.progress == {
+            "block": 2, "blocks": 8, "iteration": 10, "iterations": 100, "loss": None, "eta_seconds": 4.5,
+        }  # fmt: skip
+        assert job.lease_expires_at is not None
+        assert job.lease_expires_at > now() + timedelta(seconds=20)
+
+
+def test_cancel_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    with Lease(claimed(), settings, sessions) as lease:
+        with sessions.begin() as session:
+            JobRepository(session).cancel("job")
+        with pytest.raises(JobCancelledError):
+            work(lease)
+        assert lease.stopping
+
+
+def test_lost_lease_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    with Lease(claimed(), settings, sessions) as lease:
+        with sessions.begin() as session:
+            session.execute(update(JobRecord).values(attempt=2))
+        with pytest.raises(LeaseLostError):
+            work(lease)
+
+
+def test_deleted_row_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    with Lease(claimed(), settings, sessions) as lease:
+        with sessions.begin() as session:
+            session.delete(JobRepository(session).get("job"))
+        with pytest.raises(LeaseLostError):
+            work(lease)
+
+
+def test_time_limit_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    short = settings.model_copy(update={"job_seconds": 0.05})
+    with Lease(claimed(), short, sessions) as lease, pytest.raises(JobTimeoutError):
+        work(lease)
+
+
+def test_unreachable_database_loses_the_lease_in_time(
+    settings: Settings, sessions: Sessions, claimed: Claimed
+) -> None:
+    claim = claimed()
+    brief = settings.model_copy(update={"lease_seconds": 0.2})
+    with sessions() as session:
+        session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO hidden")
+        session.commit()
+    with Lease(claim, brief, sessions) as lease, pytest.raises(JobStopError):
+        work(lease)

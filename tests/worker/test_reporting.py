@@ -1,0 +1,73 @@
+"""Results appear whole and only under a claim that still holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session, sessionmaker
+
+from aquant_core.pipeline import QuantizationResult
+from service.artifacts import Artifacts
+from service.jobs.records import JobRecord
+from service.jobs.repository import Claim, JobRepository
+from service.jobs.states import JobState
+from worker.reporting import publish
+
+Sessions = sessionmaker[Session]
+
+
+@dataclass
+class Result:
+    """As much of a result as publishing needs."""
+
+    report: dict[str, Any] = field(
+        default_factory=lambda: {"loss": float("inf"), "warnings": ["few images", "b"]}
+    )
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"checkpoint")
+
+
+RESULT = cast(QuantizationResult, Result())
+
+
+def test_files_become_the_jobs(
+    claimed: Callable[..., Claim], sessions: Sessions, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    state = publish(claimed(), RESULT, ["a", "b"], tmp_path, artifacts, sessions)
+    assert state == JobState.SUCCEEDED
+    with sessions() as session:
+        job = JobRepository(session).get("job")
+        report, checkpoint = job.artifact("report"), job.artifact("checkpoint")
+    assert report is not None
+    assert checkpoint is not None
+    assert json.loads(artifacts.get_bytes(report.key)) == {"loss": None, "warnings": ["a", "b", "few images"]}
+    assert artifacts.get_bytes(checkpoint.key) == b"checkpoint"
+    assert (job.state, job.stage) == (JobState.SUCCEEDED, "save")
+
+
+def test_outlived_attempt_leaves_no_file(
+    claimed: Callable[..., Claim], sessions: Sessions, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    claim = claimed()
+    with sessions.begin() as session:
+        session.execute(update(JobRecord).values(attempt=2))
+    assert publish(claim, RESULT, [], tmp_path, artifacts, sessions) is None
+    with sessions() as session:
+        assert JobRepository(session).get("job").state == JobState.RUNNING
+    assert [path for path in (tmp_path / "data/artifacts").rglob("*") if path.is_file()] == []
+
+
+def test_cancelled_at_the_last_moment_leaves_no_file(
+    claimed: Callable[..., Claim], sessions: Sessions, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    claim = claimed()
+    with sessions.begin() as session:
+        JobRepository(session).cancel("job")
+    assert publish(claim, RESULT, [], tmp_path, artifacts, sessions) == JobState.CANCELLED
+    assert [path for path in (tmp_path / "data/artifacts").rglob("*") if path.is_file()] == []
