@@ -93,7 +93,7 @@ RUN apt-get update \
 COPY --from=worker-dependencies /opt/venv /opt/venv
 COPY --from=project /opt/aquant /opt/aquant
 # Compiled kernels are kept beside the jobs' working files. OpenMP threads that wait should sleep, not spin.
-# SIGTERM ends the worker soon, instead of after its job, which the next worker resumes.
+# SIGTERM ends the worker soon, instead of after its job, which is then tried again.
 ENV NUMBA_CACHE_DIR=/data/work/cache/numba \
     CUPY_CACHE_DIR=/data/work/cache/cupy \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

@@ -16,7 +16,15 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 LEAST_ACCURACY = {"residual": 0.92, "inverted_residual": 0.905}
 ABSOLUTE_PATH = rb"(?:/[\w.-]+)+\.py|/(?:home|root|usr|tmp|opt|work|mnt|Users)/|[A-Z]:\\"
-FILES = ["networks.py", "train.py", "README.md", "results.json", "calibration.npz", "evaluation.npz"]
+FILES = [
+    "networks.py",
+    "train.py",
+    "README.md",
+    "LICENSE-fashion-mnist",
+    "results.json",
+    "calibration.npz",
+    "evaluation.npz",
+]
 
 
 @pytest.fixture(scope="module")
