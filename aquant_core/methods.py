@@ -65,7 +65,7 @@ class Preset:
 
 PRESETS: dict[PresetName, Preset] = {
     "smoke": Preset(20, 32, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2),
-    "fast": Preset(300, 32, border_rate=1e-2, scale_rate=4e-4, rounding_rate=1e-2),
+    "fast": Preset(300, 32, border_rate=3e-2, scale_rate=4e-4, rounding_rate=1e-2),
     # Section 5 and appendix C.
     "paper": Preset(20_000, 32, border_rate=1e-3, scale_rate=4e-5, rounding_rate=3e-3),
 }

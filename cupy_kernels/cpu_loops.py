@@ -9,6 +9,7 @@ number of threads changes nothing.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -36,37 +37,38 @@ _MAGIC = np.float32(1.5 * 2**23)
 _P0, _P1, _P2 = np.float32(SIGMOID_P0), np.float32(SIGMOID_P1), np.float32(SIGMOID_P2)
 _Q1, _Q2 = np.float32(SIGMOID_Q1), np.float32(SIGMOID_Q2)
 _STEEP, _STRETCHED, _CLIP = 0, 1, 2
+_MOST_THREADS = numba.get_num_threads()
 _NUMBER_OF_BOUND: dict[Bound, int] = {"steep": _STEEP, "stretched": _STRETCHED, "clip": _CLIP}
 
 
 # error_model="numpy": without Python's check for a zero divisor the loops vectorise. Clamps are written so that a NaN
 # passes through them, as it does in torch.
-_loop = partial(njit, error_model="numpy")
-_inline = partial(njit, error_model="numpy", inline="always")
+_loop: Any = partial(njit, error_model="numpy")
+_inline: Any = partial(njit, error_model="numpy", inline="always")
 
 
 @_inline()
-def _clamp(value, low, high):  # type: ignore[no-untyped-def]
+def _clamp(value, low, high):
     value = high if value > high else value
     return low if value < low else value
 
 
 @_inline()
-def _ceil(value):  # type: ignore[no-untyped-def]
+def _ceil(value):
     """ceil of a value well below 2^22: the addition rounds to an integer; np.ceil would be a call for each element."""
     nearest = (value + _MAGIC) - _MAGIC
     return nearest if nearest >= value else nearest + _ONE
 
 
 @_inline()
-def _sigmoid_minus_half(w):  # type: ignore[no-untyped-def]
+def _sigmoid_minus_half(w):
     w = _clamp(w, -_LIMIT, _LIMIT)
     z = w * w
     return (((z * _P2 + _P1) * z + _P0) * w) / ((z * _Q2 + _Q1) * z + _ONE)
 
 
 @_loop()
-def _shifts(u, b, bound, e):  # type: ignore[no-untyped-def]
+def _shifts(u, b, bound, e):
     """e of every window for one position, from the position's u and its (b0, b1, b2)."""
     b0, b1, b2 = b[0], b[1], b[2]
     if bound == _STEEP:
@@ -81,7 +83,7 @@ def _shifts(u, b, bound, e):  # type: ignore[no-untyped-def]
 
 
 @_loop()
-def _multiply_by_slopes(u, e, b, bound, of_e):  # type: ignore[no-untyped-def]
+def _multiply_by_slopes(u, e, b, bound, of_e):
     """Turns the gradient of e into that of v, in place."""
     if bound == _STEEP:
         for i in range(e.shape[0]):
@@ -97,7 +99,7 @@ def _multiply_by_slopes(u, e, b, bound, of_e):  # type: ignore[no-untyped-def]
 
 
 @_loop()
-def _fill_plane(x, scale, zero_point, levels, pads, t, u):  # type: ignore[no-untyped-def]
+def _fill_plane(x, scale, zero_point, levels, pads, t, u):
     """Padded maps of t and u of one (H, W) plane; t is cut off where it is far outside the codes anyway."""
     inverse = _ONE / levels
     t[:] = zero_point
@@ -117,14 +119,14 @@ def _fill_plane(x, scale, zero_point, levels, pads, t, u):  # type: ignore[no-un
 
 
 @_inline()
-def _corner(position, geometry):  # type: ignore[no-untyped-def]
+def _corner(position, geometry):
     """Row and column, in the padded map, of a position's element in the first window."""
     kernel_x, _, _, dilation_y, dilation_x = geometry
     return position // kernel_x * dilation_y, position % kernel_x * dilation_x
 
 
 @_inline()
-def _layout(padded_width, geometry, size):  # type: ignore[no-untyped-def]
+def _layout(padded_width, geometry, size):
     """(dense, pitch, length) of a position's elements."""
     dense = geometry[1] == 1 and geometry[2] == 1
     pitch = padded_width if dense else size[1]
@@ -132,7 +134,7 @@ def _layout(padded_width, geometry, size):  # type: ignore[no-untyped-def]
 
 
 @_loop()
-def _elements(padded, position, geometry, size, scratch):  # type: ignore[no-untyped-def]
+def _elements(padded, position, geometry, size, scratch):
     """A position's elements: a run of the padded map, or gathered into ``scratch``."""
     top, left = _corner(position, geometry)
     dense, pitch, length = _layout(padded.shape[1], geometry, size)
@@ -150,7 +152,7 @@ def _elements(padded, position, geometry, size, scratch):  # type: ignore[no-unt
 
 
 @_loop()
-def _add_to_elements(values, position, geometry, size, padded):  # type: ignore[no-untyped-def]
+def _add_to_elements(values, position, geometry, size, padded):
     """The adjoint of ``_elements``."""
     top, left = _corner(position, geometry)
     dense, pitch, length = _layout(padded.shape[1], geometry, size)
@@ -170,7 +172,7 @@ def _add_to_elements(values, position, geometry, size, padded):  # type: ignore[
 
 
 @_inline()
-def _covered(offset, stride, extent, size):  # type: ignore[no-untyped-def]
+def _covered(offset, stride, extent, size):
     """The half-open range of windows whose element, at ``offset`` from the unpadded map, lies inside that map."""
     first = 0 if offset >= 0 else (stride - 1 - offset) // stride
     last = (extent - 1 - offset) // stride + 1 if extent > offset else 0
@@ -179,7 +181,7 @@ def _covered(offset, stride, extent, size):  # type: ignore[no-untyped-def]
 
 
 @_inline()
-def _inside(position, geometry, pads, extent, size):  # type: ignore[no-untyped-def]
+def _inside(position, geometry, pads, extent, size):
     """Ranges of rows and of columns of windows in which a position is not padding."""
     top, left = _corner(position, geometry)
     first_row, last_row = _covered(top - pads[0], geometry[1], extent[0], size[0])
@@ -188,7 +190,7 @@ def _inside(position, geometry, pads, extent, size):  # type: ignore[no-untyped-
 
 
 @_loop()
-def _write_windows(values, pitch, inside, size, out):  # type: ignore[no-untyped-def]
+def _write_windows(values, pitch, inside, size, out):
     """Copies a position's values to its row of the columns; 0 where the position is padding."""
     first_row, last_row, first, last = inside
     columns = np.uint64(size[1])
@@ -207,7 +209,7 @@ def _write_windows(values, pitch, inside, size, out):  # type: ignore[no-untyped
 
 
 @_loop()
-def _read_windows(row_of_columns, pitch, inside, size, values):  # type: ignore[no-untyped-def]
+def _read_windows(row_of_columns, pitch, inside, size, values):
     """The adjoint of ``_write_windows``: gradients of a position's values, 0 for padding and between rows."""
     first_row, last_row, first, last = inside
     values[:] = _ZERO
@@ -218,7 +220,7 @@ def _read_windows(row_of_columns, pitch, inside, size, values):  # type: ignore[
 
 
 @_loop()
-def _fuse(u, border, alpha, geometry, bound, size, scratch, e, b):  # type: ignore[no-untyped-def]
+def _fuse(u, border, alpha, geometry, bound, size, scratch, e, b):
     """Eq. 9 over one plane: B of every window, into ``b``."""
     positions = border.shape[1]
     inverse = _ONE / np.float32(positions)
@@ -236,7 +238,7 @@ def _fuse(u, border, alpha, geometry, bound, size, scratch, e, b):  # type: igno
 
 
 @_loop()
-def _unfused_border(u, b_of_position, bound, b):  # type: ignore[no-untyped-def]
+def _unfused_border(u, b_of_position, bound, b):
     """B of every window for one position, without fusion."""
     _shifts(u, b_of_position, bound, b)
     for i in range(b.shape[0]):
@@ -244,7 +246,7 @@ def _unfused_border(u, b_of_position, bound, b):  # type: ignore[no-untyped-def]
 
 
 @_loop()
-def _quantize(t, b, scale, zero_point, levels, rounding, out):  # type: ignore[no-untyped-def]
+def _quantize(t, b, scale, zero_point, levels, rounding, out):
     if rounding == _ONE:
         for i in range(out.shape[0]):
             out[i] = (_clamp(_ceil(t[i] - b[i]), _ZERO, levels) - zero_point) * scale
@@ -255,7 +257,7 @@ def _quantize(t, b, scale, zero_point, levels, rounding, out):  # type: ignore[n
 
 
 @_loop(parallel=True, cache=True)
-def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):  # type: ignore[no-untyped-def]  # noqa: E501
+def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):  # noqa: E501
     images, channels, height, width = x.shape
     positions = out.shape[2]
     for plane in prange(images * channels):
@@ -279,7 +281,7 @@ def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound
 
 
 @_loop(fastmath={"reassoc", "nsz"})
-def _sum_of_products(a, b):  # type: ignore[no-untyped-def]
+def _sum_of_products(a, b):
     """A dot product whose order of summation is the compiler's: vectorised, the same on one kind of machine."""
     total = _ZERO
     for i in range(a.shape[0]):
@@ -288,7 +290,7 @@ def _sum_of_products(a, b):  # type: ignore[no-untyped-def]
 
 
 @_loop(fastmath={"reassoc", "nsz"})
-def _sum(a):  # type: ignore[no-untyped-def]
+def _sum(a):
     total = _ZERO
     for i in range(a.shape[0]):
         total += a[i]
@@ -296,7 +298,7 @@ def _sum(a):  # type: ignore[no-untyped-def]
 
 
 @_loop()
-def _backward_of_rounding(t, b, g, scale, zero_point, levels, rounding, of_scale, of_t, of_b):  # type: ignore[no-untyped-def]
+def _backward_of_rounding(t, b, g, scale, zero_point, levels, rounding, of_scale, of_t, of_b):
     """From the gradient of x_hat to those of s (direct part), t and B, element by element."""
     for i in range(t.shape[0]):
         rounded = _ceil(t[i] - b[i])
@@ -308,7 +310,7 @@ def _backward_of_rounding(t, b, g, scale, zero_point, levels, rounding, of_scale
 
 
 @_loop()
-def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, sums, of_t):  # type: ignore[no-untyped-def]
+def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, sums, of_t):
     """Of one position: sums for b0, b1, b2 and alpha; ``of_t`` receives the part through u; ``of_e`` is consumed."""
     inverse = _ONE / levels
     _shifts(u, b, bound, e)
@@ -331,7 +333,7 @@ def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, 
 
 
 @_loop(parallel=True, cache=True)
-def _backward(grad, x, scale, zero_point, levels, border, alpha, bordered, fused, bound, input_gradient, rounding, pads, geometry, size, grad_x, sums_of_scale, sums_of_border):  # type: ignore[no-untyped-def]  # noqa: E501
+def _backward(grad, x, scale, zero_point, levels, border, alpha, bordered, fused, bound, input_gradient, rounding, pads, geometry, size, grad_x, sums_of_scale, sums_of_border):  # noqa: E501
     images, channels, height, width = x.shape
     positions = grad.shape[2]
     inverse_positions = _ONE / np.float32(positions)
@@ -397,7 +399,7 @@ def _plane_view(x: Tensor, window: Window) -> np.ndarray:
 def _arguments(
     x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification
 ) -> tuple[object, ...]:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
     channels, positions = x.shape[1], window.positions
     coefficients = np.zeros((channels, 3, positions), np.float32)  # b2 = 0 is the linear form
     if border is not None:

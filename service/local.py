@@ -204,7 +204,8 @@ def _start(
     libc = ctypes.CDLL(None)
 
     def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Not SIGTERM: a part that hangs in its shutdown would have nobody left to end it.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     with log.open("ab") as output:
         process = subprocess.Popen(
