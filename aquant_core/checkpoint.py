@@ -102,7 +102,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     document, tensors = _read(Path(path))
     try:
         model = _rebuild(document, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, ModelFormatError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ModelFormatError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.", _REMEDY) from error
     return model.to(device).eval()
 
@@ -111,7 +111,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            found = document.get("format")
+            found = document.get("format") if isinstance(document, dict) else None
             if found != FORMAT:
                 raise CheckpointError(
                     f"{path} has format {found!r}; this version reads {FORMAT!r}.", "Use a matching version."

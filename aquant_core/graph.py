@@ -257,7 +257,7 @@ class CapturedModel:
                     raise ModelFormatError(f"{path} is not a captured model ({_FORMAT}).", remedy)
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return cls.from_document(graph, flat)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
             raise ModelFormatError(f"{path} is damaged: {error}.", remedy) from error
 
     @classmethod

@@ -94,7 +94,8 @@ def read_images(path: str | Path, what: Kind = "calibration") -> ImageSet:
     if images.dtype == np.uint8:
         tensor = torch.from_numpy(np.ascontiguousarray(images)).float().div_(255.0)
     elif images.dtype.kind == "f":
-        tensor = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            tensor = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     else:
         raise ImageSetError(f"The {what} images are {images.dtype}, not uint8 or float.", _REMEDY)
     if not torch.isfinite(tensor).all():
@@ -112,22 +113,24 @@ def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | 
             f"not integers of shape ({count},).",
             _REMEDY,
         )
-    if labels.min() < 0:
-        raise ImageSetError(f"The {what} labels go down to {labels.min()}.", "Classes are numbered from 0.")
-    return torch.from_numpy(labels.astype(np.int64))
+    classes = torch.from_numpy(labels.astype(np.int64))
+    if classes.min() < 0:
+        raise ImageSetError(f"The {what} labels go down to {classes.min()}.", "Classes are numbered from 0.")
+    return classes
 
 
 def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             head = file.read(9)
-        if head[8:9] == b"{" and not head.startswith(b"PK"):
-            return dict(load_file(path))
-        loaded: Any = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"images": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            if head[8:9] == b"{" and not head.startswith(b"PK"):
+                return dict(load_file(path))
+            file.seek(0)
+            loaded: Any = np.load(file, allow_pickle=False)  # by its path, numpy leaves a damaged file open
+            if isinstance(loaded, np.ndarray):
+                return {"images": loaded}
+            with loaded:
+                return {name: loaded[name] for name in loaded.files}
     except _UNREADABLE as error:
         raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 

@@ -74,6 +74,7 @@ class _Positions:
         t = x / scale  # (N, C, H, W)
         if spec.zero_point:
             t += spec.zero_point
+        t.clamp_(-2.0, spec.levels + 2.0)  # far outside the codes nothing changes, but infinity gets an end code
         self.t = self._padded(t, float(spec.zero_point))  # (N, C, H + 2 pad, W + 2 pad)
         self.inside = self._padded(torch.ones_like(x[:1, :1]), 0.0)  # 0 where a slot is padding
         if border is not None:
@@ -182,7 +183,7 @@ def forward(
         q = _softened(t, b, rounding).clamp_(0, spec.levels)
         if spec.zero_point:
             q -= spec.zero_point
-        torch.mul(q.mul_(scale), positions.view(positions.inside, position), out=out[:, :, position])
+        out[:, :, position] = q.mul_(scale).masked_fill_(positions.view(positions.inside, position) == 0, 0.0)
     return out.reshape(x.shape[0], x.shape[1] * window.positions, -1)
 
 

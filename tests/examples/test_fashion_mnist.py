@@ -138,6 +138,4 @@ def test_results_name_the_very_files() -> None:
     digests = {entry["file"]: entry["digest"] for entry in recorded["networks"].values()}
     digests |= {name: recorded["image_sets"][name] for name in ("calibration.npz", "evaluation.npz")}
     assert sorted(recorded["networks"]) == sorted(LEAST_ACCURACY)
-    assert digests == {
-        name: f"sha256:{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}" for name in digests
-    }
+    assert digests == {name: f"sha256:{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}" for name in digests}

@@ -1,0 +1,303 @@
+"""The checkpoint file: its codes, its size, what comes back from it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aquant_core import checkpoint, quantizers
+from aquant_core.architectures import build
+from aquant_core.checkpoint import load, pack_codes, unpack_codes
+from aquant_core.config import QuantizationConfig
+from aquant_core.errors import CheckpointError
+from aquant_core.evaluation import logits_digest, logits_of
+from aquant_core.images import ImageSet
+from aquant_core.pipeline import QuantizationResult, quantize
+
+EVALUATION = ImageSet(torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+
+
+class Net(nn.Module):
+    """Convolutions of three kinds, a norm, a shortcut and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pointwise = nn.Conv2d(8, 8, 1, bias=False)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.pointwise(torch.relu(self.depthwise(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def quantized(**changes: Any) -> QuantizationResult:
+    torch.manual_seed(0)
+    config = {"weight_bits": 3, "activation_bits": 3, "iterations": 3, "preset": "smoke"} | changes
+    images = ImageSet(torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    return quantize(Net().eval(), images, QuantizationConfig(**config), EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "quantized.safetensors"
+    quantized(border={"alpha": "learned"}).save(path)
+    return path
+
+
+def header_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of the header, and the document in it."""
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    with safe_open(path, framework="pt") as file:
+        return length, json.loads(file.metadata()["aquant"])
+
+
+def rewrite(source: Path, target: Path, tensors: dict[str, Tensor], **document: Any) -> Path:
+    save_file(tensors, target, {"aquant": json.dumps(header_of(source)[1] | document)})
+    return target
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(2, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), max_size=70))))
+def test_packing_comes_back(case: tuple[int, list[int]]) -> None:
+    bits, codes = case
+    packed = pack_codes(np.array(codes, dtype=np.float32), bits)
+    assert packed.dtype == np.uint8
+    assert packed.size == (len(codes) * bits + 7) // 8
+    assert unpack_codes(packed, bits, len(codes)).tolist() == codes
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "packed"),
+    [
+        (2, [1, 2, 3, 0], [0b00_11_10_01]),
+        (3, [5, 3, 7], [0b11_011_101, 0b1]),
+        (4, [10, 3], [0b0011_1010]),
+        (8, [255, 1], [255, 1]),
+    ],
+)
+def test_packing_by_hand(bits: int, codes: list[int], packed: list[int]) -> None:
+    assert pack_codes(np.array(codes), bits).tolist() == packed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "nearest"},
+        {"method": "qdrop_refactored"},
+        {"method": "aquant_no_border"},
+        {"method": "aquant"},
+        {"border": {"alpha": "learned", "form": "linear", "bound": "stretched"}},
+        {"border": {"granularity": "channel", "fusion": "none", "bound": "clip"}},
+        {"border": {"fusion": "none"}},
+        {"weight_bits": 32, "activation_bits": 2},
+        {"weight_bits": 2, "activation_bits": 32},
+        {"weight_bits": 32, "activation_bits": 32},
+        {"weight_bits": 8, "activation_bits": 8, "layers": {"fc": {"weight_bits": 5, "activation_bits": 32}}},
+    ],
+    ids=str,
+)
+def test_what_is_loaded_gives_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = quantized(**changes)
+    result.save(tmp_path / "q.safetensors")
+    model = load(tmp_path / "q.safetensors")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert logits_digest(logits_of(model, EVALUATION.images)) == result.report["digests"]["logits"]
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+    stored = load_file(tmp_path / "q.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == result.report["size"]["quantized_bytes"]
+
+
+def test_a_loaded_network_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
+    _, document = header_of(saved)
+    about = {key: document[key] for key in ("config", "seed", "protocol", "versions", "digests")}
+    checkpoint.save(load(saved), tmp_path / "again.safetensors", about)
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_header_says_what_it_is(saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        assert list(file.metadata()) == ["aquant"]
+    _, document = header_of(saved)
+    assert document["format"] == checkpoint.FORMAT
+    assert document["seed"] == 0
+    assert document["config"]["weight_bits"] == 3
+    assert [entry[:3] for entry in document["layers"]] == [
+        ["stem", 8, 8],
+        ["depthwise", 3, 3],
+        ["pointwise", 3, 3],
+        ["fc", 8, 8],
+    ]
+
+
+def expected_bytes(model: nn.Module, bits: int, outer_bits: int) -> int:
+    """Bytes of a quantized network whose norms are folded, from the shapes of its layers alone."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    total = 0
+    for index, layer in enumerate(layers):
+        shape = layer.weight.shape
+        outputs, positions = shape[0], shape[1:].numel()
+        inputs = positions * getattr(layer, "groups", 1)  # im2col positions
+        width = outer_bits if index in (0, len(layers) - 1) else bits
+        codes = (shape.numel() * width + 7) // 8
+        step, zero_point, bias, input_step, border = 4 * outputs, outputs, 4 * outputs, 4, 2 * 3 * inputs
+        total += codes + step + zero_point + bias + input_step + border
+    return total
+
+
+def test_resnet_18_has_the_size_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizers, "SHRINK_STEPS", 2)  # a coarse search: sizes do not depend on it
+    torch.manual_seed(0)
+    model = build("resnet18")
+    generator = torch.Generator().manual_seed(0)
+    calibration, evaluation = (ImageSet(torch.rand(n, 3, 32, 32, generator=generator)) for n in (16, 4))
+    config = QuantizationConfig(method="aquant", weight_bits=2, activation_bits=2, iterations=1)
+    result = quantize(model, calibration, config, evaluation)
+    path = tmp_path / "resnet18.safetensors"
+    result.save(path)
+
+    expected = expected_bytes(model, bits=2, outer_bits=8)
+    assert result.report["size"]["quantized_bytes"] == expected
+    assert abs(path.stat().st_size / expected - 1) < 0.15
+    length, document = header_of(path)
+    assert len(document["layers"]) == 21
+    assert length <= 8 * 1024 + 1024 * 21
+    assert path.stat().st_size == 8 + length + expected
+    digest = logits_digest(logits_of(load(path), evaluation.images))
+    assert digest == result.report["digests"]["logits"] == document["digests"]["logits"]
+
+
+def test_resnet_18_without_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizers, "SHRINK_STEPS", 2)
+    torch.manual_seed(0)
+    images = ImageSet(torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    config = QuantizationConfig(method="nearest", weight_bits=4, activation_bits=4)
+    model = build("resnet18")
+    result = quantize(model, images, config, images)
+    result.save(tmp_path / "q.safetensors")
+    with_borders = expected_bytes(model, bits=4, outer_bits=8)
+    positions = sum(
+        m.weight.shape[1:].numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    )
+    assert result.report["size"]["border_bytes"] == 0
+    assert result.report["size"]["quantized_bytes"] == with_borders - 6 * positions
+    digest = logits_digest(logits_of(load(tmp_path / "q.safetensors"), images.images))
+    assert digest == result.report["digests"]["logits"]
+
+
+def test_a_missing_tensor_is_named(saved: Path, tmp_path: Path) -> None:
+    for name in load_file(saved):
+        tensors = load_file(saved)
+        del tensors[name]
+        damaged = rewrite(saved, tmp_path / "q.safetensors", tensors)
+        if name.endswith(".bias"):  # a layer may have none
+            continue
+        with pytest.raises(CheckpointError, match=name):
+            load(damaged)
+
+
+@pytest.mark.parametrize("name", ["stem.weight", "stem.border", "depthwise.alpha", "fc.bias", "fc.weight_scale"])
+def test_a_tensor_of_another_shape_is_named(saved: Path, tmp_path: Path, name: str) -> None:
+    tensors = load_file(saved)
+    tensors[name] = torch.zeros(2, 3, dtype=tensors[name].dtype)
+    with pytest.raises(CheckpointError, match=rf"'{name}' has shape \[2, 3\]"):
+        load(rewrite(saved, tmp_path / "q.safetensors", tensors))
+
+
+@pytest.mark.parametrize("found", ["aquant-checkpoint/2", "aquant-graph/1", None])
+def test_another_format_is_named(saved: Path, tmp_path: Path, found: str | None) -> None:
+    damaged = rewrite(saved, tmp_path / "q.safetensors", load_file(saved), format=found)
+    with pytest.raises(CheckpointError, match=rf"{found!r}.*aquant-checkpoint/1"):
+        load(damaged)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(saved: Path, tmp_path: Path, part: float) -> None:
+    content = saved.read_bytes()
+    damaged = tmp_path / "q.safetensors"
+    damaged.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(damaged)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(CheckpointError):
+        load(other)
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "absent")
+    save_file({"x": torch.zeros(1)}, other)
+    with pytest.raises(CheckpointError, match="format None"):
+        load(other)
+
+
+@pytest.mark.parametrize("document", ["[]", "null", "3", "{", '"text"'])
+def test_a_header_that_is_no_document_is_refused(tmp_path: Path, document: str) -> None:
+    path = tmp_path / "q.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"aquant": document})
+    with pytest.raises(CheckpointError):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": []},
+        {"layers": [[]]},
+        {"layers": None},
+        {"layers": [["stem", "8", 8, 0, [8, 3, 3, 3]]]},
+        {"layers": [["stem", 8, 8, 0, 5]]},
+        {"layers": [["stem", 99, 8, 0, [8, 3, 3, 3]]]},
+        {"graph": {}},
+        {"graph": None},
+        {"graph": {"nodes": [[]], "input_shape": [3, 16, 16]}},
+        {"border": {"form": "cubic"}},
+        {"border": [1]},
+        {"border": "quadratic"},
+    ],
+    ids=str,
+)
+def test_a_document_that_makes_no_sense_is_refused(saved: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    damaged = rewrite(saved, tmp_path / "q.safetensors", load_file(saved), **changes)
+    with pytest.raises(CheckpointError):
+        load(damaged)
+
+
+def test_flipped_bytes_in_the_header_never_raise_anything_else(saved: Path, tmp_path: Path) -> None:
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    draw, damaged, refused = random.Random(0), tmp_path / "q.safetensors", 0
+    for _ in range(150):
+        changed = bytearray(content)
+        changed[draw.randrange(8, 8 + length)] = draw.choice(b'0123456789"[]{},:anul')
+        damaged.write_bytes(changed)
+        try:
+            load(damaged)
+        except CheckpointError:
+            refused += 1
+    assert refused > 75
+
+
+def test_a_failed_write_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        checkpoint.save(load(saved), path, {"unwritable": object()})
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]

@@ -1,0 +1,140 @@
+"""A configuration is either meaningful or refused with the key and the value."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from aquant_core.config import FLOAT_BITS, BorderConfig, LayerOverride, QuantizationConfig
+
+ALLOWED_BITS = {2, 3, 4, 5, 6, 7, 8, 32}
+W2A2 = {"weight_bits": 2, "activation_bits": 2}
+
+
+def test_only_the_bit_widths_are_required() -> None:
+    config = QuantizationConfig.model_validate(W2A2)
+    assert config.method == "aquant"
+    assert config.first_last_bits == 8
+    assert config.preset == "fast"
+    assert config.iterations is None
+    assert config.seed == 0
+    assert config.border == BorderConfig()
+    assert config.layers == {}
+    for key in W2A2:
+        with pytest.raises(ValidationError, match=f"{key}\n  Field required"):
+            QuantizationConfig.model_validate({k: v for k, v in W2A2.items() if k != key})
+
+
+@given(bits=st.integers(-100, 100), key=st.sampled_from(["weight_bits", "activation_bits", "first_last_bits"]))
+def test_bit_widths_are_two_to_eight_or_float(bits: int, key: str) -> None:
+    document = W2A2 | {key: bits}
+    if bits in ALLOWED_BITS:
+        assert getattr(QuantizationConfig.model_validate(document), key) == bits
+    else:
+        with pytest.raises(ValidationError, match=rf"{key}\n.*must be 2 to 8, or 32 for float; got {bits}\b"):
+            QuantizationConfig.model_validate(document)
+
+
+def test_the_schema_offers_the_same_bit_widths() -> None:
+    schema = QuantizationConfig.model_json_schema()["properties"]["weight_bits"]
+    assert set(schema["enum"]) == ALLOWED_BITS
+    assert FLOAT_BITS in schema["enum"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight_bits", 2.5),
+        ("weight_bits", None),
+        ("activation_bits", "two"),
+        ("method", "adaround"),
+        ("preset", "slow"),
+        ("iterations", 0),
+        ("iterations", 1_000_001),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("protocol", "qdrop"),
+        ("architecture", "x" * 65),
+        ("layers", ["conv1"]),
+        ("border", "quadratic"),
+        ("colour", "red"),
+    ],
+)
+def test_a_refusal_names_key_and_value(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        QuantizationConfig.model_validate(W2A2 | {key: value})
+    (error,) = refused.value.errors()
+    assert error["loc"][0] == key
+    assert error["input"] == value
+    assert key in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("form", "cubic"),
+        ("bound", "tanh"),
+        ("fusion", "sum"),
+        ("alpha", "free"),
+        ("granularity", "tensor"),
+        ("input_gradient", "perhaps"),
+        ("slope", 3),
+    ],
+)
+def test_a_refusal_inside_the_border_names_its_path(key: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=rf"border\.{key}\n(.*\n)*.*{re.escape(repr(value))}"):
+        QuantizationConfig.model_validate(W2A2 | {"border": {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("border", "remedy"),
+    [
+        ({"granularity": "channel"}, 'set border.fusion to "none"'),
+        ({"granularity": "channel", "alpha": "learned"}, 'set border.fusion to "none"'),
+        ({"granularity": "channel", "alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
+        ({"alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
+    ],
+)
+def test_meaningless_borders_are_refused(border: dict[str, str], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(remedy)):
+        QuantizationConfig.model_validate(W2A2 | {"border": border})
+
+
+@pytest.mark.parametrize(
+    "border",
+    [
+        {"granularity": "channel", "fusion": "none"},
+        {"alpha": "learned"},
+        {"alpha": "learned", "form": "linear", "bound": "clip", "input_gradient": False},
+        {"fusion": "none"},
+    ],
+)
+def test_meaningful_borders_are_taken(border: dict[str, Any]) -> None:
+    config = QuantizationConfig.model_validate(W2A2 | {"border": border})
+    assert border.items() <= config.border.model_dump().items()
+
+
+def test_layer_overrides() -> None:
+    config = QuantizationConfig.model_validate(W2A2 | {"layers": {"conv1": {"weight_bits": 4}, "fc": {}}})
+    assert config.layers == {"conv1": LayerOverride(weight_bits=4), "fc": LayerOverride()}
+    with pytest.raises(ValidationError, match=r"layers\.conv1\.weight_bits\n.*got 9"):
+        QuantizationConfig.model_validate(W2A2 | {"layers": {"conv1": {"weight_bits": 9}}})
+    with pytest.raises(ValidationError, match=r"layers\.conv1\.bits\n.*not permitted"):
+        QuantizationConfig.model_validate(W2A2 | {"layers": {"conv1": {"bits": 4}}})
+    with pytest.raises(ValidationError, match="layers\n.*at most 4096"):
+        QuantizationConfig.model_validate(W2A2 | {"layers": {f"layer{i}": {} for i in range(4097)}})
+
+
+def test_a_configuration_survives_json_and_does_not_change() -> None:
+    config = QuantizationConfig.model_validate(
+        W2A2 | {"method": "nearest", "seed": 2**63 - 1, "iterations": 7, "border": {"alpha": "learned"},
+                "layers": {"fc": {"activation_bits": 32}}}
+    )  # fmt: skip
+    assert QuantizationConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
