@@ -37,9 +37,7 @@ def build(name: str, num_classes: int = 1000) -> nn.Module:
     if name == "mnasnet2_0":
         model = models.MNASNet(alpha=2.0, num_classes=num_classes)
     elif name == "regnet_x_600mf":  # Radosavovic et al. 2020, appendix: RegNetX-600MF
-        parameters = models.regnet.BlockParams.from_init_params(
-            depth=16, w_0=48, w_a=36.97, w_m=2.24, group_width=24
-        )
+        parameters = models.regnet.BlockParams.from_init_params(depth=16, w_0=48, w_a=36.97, w_m=2.24, group_width=24)
         norm = partial(nn.BatchNorm2d, eps=1e-5, momentum=0.1)
         model = models.RegNet(parameters, norm_layer=norm, num_classes=num_classes)
     else:
@@ -63,9 +61,7 @@ def build_from_state_dict(name: str, state: Mapping[str, Tensor]) -> nn.Module:
         )
     state = {key.removeprefix("module."): value for key, value in state.items()}
     model = build(name)
-    last_bias = [key for key in model.state_dict() if key.endswith(".bias")][
-        -1
-    ]  # the file's order may differ
+    last_bias = [key for key in model.state_dict() if key.endswith(".bias")][-1]  # the file's order may differ
     if last_bias in state and state[last_bias].shape != model.state_dict()[last_bias].shape:
         model = build(name, num_classes=state[last_bias].numel())
     expected = model.state_dict()

@@ -100,12 +100,10 @@ def _checked_module(model: nn.Module, example: Tensor | None) -> CapturedModel:
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        expected = model(example.to(next(model.parameters()).device)).cpu()
+        expected = model(example.to(next(model.parameters()).device, copy=True)).cpu()  # it may write into it
     model.train(was_training)
     if not torch.isfinite(expected).all():
-        raise NonFiniteError(
-            "The float network gives NaN or infinity.", "Check its weights and the images' scaling."
-        )
+        raise NonFiniteError("The float network gives NaN or infinity.", "Check its weights and the images' scaling.")
     actual = captured(example)
     difference = float((actual - expected).abs().max())
     if not difference <= 1e-4 * max(float(expected.abs().max()), 1e-6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _UNARY = {
     "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish", "Identity": "",
     "Dropout": "", "Cast": "",
 }  # fmt: skip
-_INCONSISTENT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_INCONSISTENT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What reading a graph raises whose fields do not belong together."""
 
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
@@ -69,9 +70,7 @@ def _read(path: str | Path) -> onnx.ModelProto:
     if external:
         raise ModelFormatError(f"Weight {external[0]!r} is kept outside the file (external data).", _REMEDY)
     if len(model.graph.node) > _MAX_NODES:
-        raise ModelFormatError(
-            f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY
-        )
+        raise ModelFormatError(f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY)
     return model
 
 
@@ -116,15 +115,11 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
         )
         (expected,) = session.run(None, {source.name: images.numpy()})
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ModelFormatError(
-            f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY
-        ) from error
+        raise ModelFormatError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY) from error
     actual = captured(images).numpy()
     scale = float(np.abs(expected).max()) or 1.0
     difference = (
-        float(np.abs(actual.reshape(expected.shape) - expected).max())
-        if actual.size == expected.size
-        else scale
+        float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
     )
     if not difference <= 1e-3 * scale:
         raise CaptureMismatchError(
@@ -141,10 +136,10 @@ class _Conversion:
         self.opset = list(model.opset_import)
         self.builder = GraphBuilder(example)
         self.names: dict[str, str] = {_only_input(model).name: INPUT}
-        self.static: dict[str, np.ndarray] = {
-            t.name: numpy_helper.to_array(t) for t in model.graph.initializer
-        }
+        self.static: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.parameters = {t.name for t in model.graph.initializer}
+        self.readers = Counter(name for node in model.graph.node for name in node.input)
+        self.readers.update(value.name for value in model.graph.output)
 
     def run(self) -> CapturedModel:
         for index, node in enumerate(self.model.graph.node):
@@ -154,13 +149,9 @@ class _Conversion:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             if any(isinstance(v, (onnx.GraphProto, onnx.SparseTensorProto)) for v in attributes.values()):
                 raise unsupported(f"{node.op_type} (with a subgraph)", where)
-            unknown = [
-                name for name in node.input if name and name not in self.names and name not in self.static
-            ]
+            unknown = [name for name in node.input if name and name not in self.names and name not in self.static]
             if unknown:
-                raise ModelFormatError(
-                    f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", _REMEDY
-                )
+                raise ModelFormatError(f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", _REMEDY)
             if node.op_type == "Shape":
                 self._shape(node, attributes)
             elif not any(name in self.names for name in node.input):
@@ -169,17 +160,13 @@ class _Conversion:
                 self._convert(node, where, attributes)
         output = self.model.graph.output[0].name
         if output not in self.names:
-            raise UnsupportedOperatorError(
-                "The output does not depend on the input.", "Check the exported graph."
-            )
+            raise UnsupportedOperatorError("The output does not depend on the input.", "Check the exported graph.")
         return self.builder.finish(self.names[output])
 
     def _shape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
         source = node.input[0]
         shape = self._example_of(source).shape if source in self.names else self.static[source].shape
-        self.static[node.output[0]] = np.array(
-            shape[attributes.get("start", 0) : attributes.get("end")], np.int64
-        )
+        self.static[node.output[0]] = np.array(shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
 
     def _fold(self, node: onnx.NodeProto) -> None:
         """A node over constants alone: its value, by ONNX's own reference implementation."""
@@ -187,12 +174,8 @@ class _Conversion:
         inputs = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()]  # fmt: skip # noqa: E501
         outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
         graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
-        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(
-            None, values
-        )
-        self.static.update(
-            {name: np.asarray(value) for name, value in zip(node.output, results, strict=True)}
-        )
+        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
+        self.static.update({name: np.asarray(value) for name, value in zip(node.output, results, strict=True)})
 
     def _example_of(self, name: str) -> Tensor:
         return self.builder.values[self.names[name]]
@@ -302,14 +285,10 @@ class _Conversion:
         return before[0], before[1], after[0], after[1]
 
     def _linear(self, node: onnx.NodeProto, where: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
-        weights = {"weight": self._tensor(weight)} | (
-            {} if bias is None else {"bias": self._tensor(bias).reshape(-1)}
-        )
+        weights = {"weight": self._tensor(weight)} | ({} if bias is None else {"bias": self._tensor(bias).reshape(-1)})
         if bias is not None and bias.size != weight.shape[0]:
             weights["bias"] = weights["bias"].expand(weight.shape[0])
-        return self.builder.add(
-            "linear", self._layer_name(node, where), [self.names[node.input[0]]], {}, weights
-        )
+        return self.builder.add("linear", self._layer_name(node, where), [self.names[node.input[0]]], {}, weights)
 
     def _gemm(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         weight, bias = self._constant(node, 1, where), self._constant(node, 2, where)
@@ -371,9 +350,7 @@ class _Conversion:
         wanted = sorted(int(a) for a in (attributes.get("axes", []) if axes is None else axes))
         value = self.builder.values[source]
         if node.op_type == "Squeeze":
-            wanted = [a % value.dim() for a in wanted] or [
-                a for a, size in enumerate(value.shape) if a and size == 1
-            ]
+            wanted = [a % value.dim() for a in wanted] or [a for a, size in enumerate(value.shape) if a and size == 1]
             shape = [size for axis, size in enumerate(value.shape) if axis not in wanted]
         else:
             for axis in wanted:
@@ -406,12 +383,8 @@ class _Conversion:
         ):
             raise unsupported("Slice over several axes or with a step", where)
         source, dim = self.names[node.input[0]], int(axes[0])
-        start, end, _stride = slice(int(starts[0]), int(ends[0])).indices(
-            self.builder.values[source].shape[dim]
-        )
-        return [
-            self.builder.add("slice", where, [source], {"dim": dim, "start": start, "length": end - start})
-        ]
+        start, end, _stride = slice(int(starts[0]), int(ends[0])).indices(self.builder.values[source].shape[dim])
+        return [self.builder.add("slice", where, [source], {"dim": dim, "start": start, "length": end - start})]
 
     def _pad(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         pads, value = self._constant(node, 1, where), self._constant(node, 2, where)
@@ -430,11 +403,7 @@ class _Conversion:
     def _concat(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         if not all(name in self.names for name in node.input):
             raise unsupported("Concat with a constant", where)
-        return [
-            self.builder.add(
-                "concat", where, [self.names[n] for n in node.input], {"dim": attributes["axis"]}
-            )
-        ]
+        return [self.builder.add("concat", where, [self.names[n] for n in node.input], {"dim": attributes["axis"]})]
 
     def _reduce_mean(self, node: onnx.NodeProto, where: str, attributes: dict[str, Any]) -> list[str]:
         axes = attributes.get("axes") if "axes" in attributes else self._constant(node, 1, where)
@@ -469,6 +438,8 @@ class _Conversion:
             and last is not None
             and last.op == "linear"
             and self.names[left] == last.name
+            and self.readers[left] == 1
+            and list(self.names.values()).count(last.name) == 1  # not read under another name either
             and "bias" not in self.builder.weights[last.name]
             and constant.numel() == self.builder.weights[last.name]["weight"].shape[0]
         ):  # MatMul followed by Add is one linear layer with a bias

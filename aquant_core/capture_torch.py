@@ -34,7 +34,10 @@ _UNARY_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.GELU: ("gelu", ("approximate",)),
     nn.Softmax: ("softmax", ("dim",)),
     nn.MaxPool2d: ("max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    nn.AvgPool2d: ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
+    nn.AvgPool2d: (
+        "avg_pool2d",
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
     nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", ("output_size",)),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")),
 }
@@ -59,7 +62,10 @@ _UNARY_FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flatten": ("flatten", ("start_dim", "end_dim")),
     "max_pool2d": ("max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
     "boolean_dispatch": ("max_pool2d", ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    "avg_pool2d": ("avg_pool2d", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
+    "avg_pool2d": (
+        "avg_pool2d",
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d", ("output_size",)),
 }
 """Functions and tensor methods by name: operator and the order of their settings after the input."""
@@ -116,9 +122,7 @@ class _Conversion:
                     if node.args:  # an optional second input keeps its default
                         self.known[node] = args[0]
                         continue
-                    raise UnsupportedOperatorError(
-                        "The network takes more than one input.", "Give it one image batch."
-                    )
+                    raise UnsupportedOperatorError("The network takes more than one input.", "Give it one image batch.")
                 self.known[node] = _Value(INPUT)
             elif node.op == "get_attr":
                 self.known[node] = operator.attrgetter(node.target)(self.traced)
@@ -217,9 +221,7 @@ class _Conversion:
                 dims = list(args[1] if isinstance(args[1], (tuple, list)) else args[1:])
             return _Value(self.builder.add("permute", node.name, [args[0]], {"dims": dims}))
         if name == "chunk":
-            return self._chunks(
-                node.name, args[0], args[1], kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            )
+            return self._chunks(node.name, args[0], args[1], kwargs.get("dim", args[2] if len(args) > 2 else 0))
         if name == "getitem" and not isinstance(args[0], _Value):
             return args[0][args[1]]
         if (
@@ -227,14 +229,13 @@ class _Conversion:
             and len(args) >= 2
             and len(args[1]) == 4
             and not any(args[2:])
+            and kwargs.get("mode", "constant") == "constant"
             and not kwargs.get("value")
         ):
             return _Value(self.builder.add("pad", node.name, [args[0]], {"pads": list(args[1])}))
         if name in _UNARY_FUNCTIONS:
             op, order = _UNARY_FUNCTIONS[name]
-            settings = dict(zip(order, args[1:], strict=False)) | {
-                k: v for k, v in kwargs.items() if k in order
-            }
+            settings = dict(zip(order, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in order}
             return self._unary(op, node.name, args[0], settings)
         raise unsupported(name, node.name)
 
@@ -259,12 +260,8 @@ class _Conversion:
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    return [
-        v for value in values for v in (_flat(list(value)) if isinstance(value, (list, tuple)) else [value])
-    ]
+    return [v for value in values for v in (_flat(list(value)) if isinstance(value, (list, tuple)) else [value])]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter is not None
-    }
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter is not None}

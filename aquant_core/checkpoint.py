@@ -69,7 +69,14 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
         about: JSON values for the header: config, seed, versions, digests.
     """
     layers = [
-        [name, layer.weight_bits, layer.activation_bits, layer.zero_point, list(layer.float_weight.shape)]
+        [
+            name,
+            layer.weight_bits,
+            layer.activation_bits,
+            layer.zero_point,
+            list(layer.float_weight.shape),
+            layer.bias is not None,
+        ]
         for name, layer in model.layers.items()
     ]
     border = next((layer.border_config for layer in model.layers.values() if layer.border is not None), None)
@@ -83,9 +90,7 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(
-            tensors_of(model), partial, {_KEY: json.dumps(document, separators=(",", ":"), sort_keys=True)}
-        )
+        save_file(tensors_of(model), partial, {_KEY: json.dumps(document, separators=(",", ":"), sort_keys=True)})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -125,18 +130,18 @@ def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedM
     names = {entry[0] for entry in document["layers"]}
     flat = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[0] not in names}
     weights: dict[str, WeightRounding] = {}
-    for name, bits, _, _, shape in document["layers"]:
+    for name, bits, _, _, shape, biased in document["layers"]:
         if bits == FLOAT_BITS:
             flat[f"{name}.weight"] = _tensor(tensors, f"{name}.weight", shape)
         else:
             weights[name] = _weight(tensors, name, bits, torch.Size(shape))
             flat[f"{name}.weight"] = weights[name]()
-        if f"{name}.bias" in tensors:
+        if biased:
             flat[f"{name}.bias"] = _tensor(tensors, f"{name}.bias", [shape[0]])
     model = QuantizedModel(CapturedModel.from_document(document["graph"], flat))
     if set(model.layers) != names:
         raise CheckpointError("The layer table and the graph disagree.", _REMEDY)
-    for name, weight_bits, activation_bits, zero_point, _ in document["layers"]:
+    for name, weight_bits, activation_bits, zero_point, *_ in document["layers"]:
         layer = model.layers[name]
         layer.weight, layer.weight_bits = weights.get(name), weight_bits
         if activation_bits != FLOAT_BITS:
@@ -148,9 +153,7 @@ def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedM
     return model.requires_grad_(False)
 
 
-def _add_border(
-    layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]
-) -> None:
+def _add_border(layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]) -> None:
     layer.add_border(config)
     assert layer.border is not None
     with torch.no_grad():
@@ -174,7 +177,5 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: list[int]) -> Tenso
         raise CheckpointError(f"Tensor {name!r} is missing.", _REMEDY)
     tensor = tensors[name]
     if list(tensor.shape) != list(shape):
-        raise CheckpointError(
-            f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", _REMEDY
-        )
+        raise CheckpointError(f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", _REMEDY)
     return tensor

@@ -60,8 +60,7 @@ class BorderConfig(_Strict):
             )
         if self.alpha == "learned" and self.fusion != "channel_mean":
             raise ValueError(
-                'border.alpha "learned" weighs the terms of the channel mean: '
-                'set border.fusion to "channel_mean"'
+                'border.alpha "learned" weighs the terms of the channel mean: set border.fusion to "channel_mean"'
             )
         return self
 
@@ -79,9 +78,7 @@ class QuantizationConfig(_Strict):
     method: Method = "aquant"
     weight_bits: Bits
     activation_bits: Bits
-    first_last_bits: Annotated[
-        Bits, Field(description="Weights and inputs of the first and the last layer.")
-    ] = 8
+    first_last_bits: Annotated[Bits, Field(description="Weights and inputs of the first and the last layer.")] = 8
     preset: PresetName = "fast"
     iterations: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Steps per block; null takes the preset's.")

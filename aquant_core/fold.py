@@ -24,15 +24,8 @@ def fold_batch_norm(model: CapturedModel) -> CapturedModel:
     for node in model.nodes:
         inputs = tuple(replaced.get(name, name) for name in node.inputs)
         before = by_name.get(node.inputs[0]) if node.op == "batch_norm" else None
-        if (
-            before is not None
-            and before.op in LAYERS
-            and readers[before.name] == 1
-            and node.inputs[0] != INPUT
-        ):
-            weights[before.name] = _folded(
-                weights[before.name], weights.pop(node.name), node.attributes["eps"]
-            )
+        if before is not None and before.op in LAYERS and readers[before.name] == 1 and node.inputs[0] != INPUT:
+            weights[before.name] = _folded(weights[before.name], weights.pop(node.name), node.attributes["eps"])
             replaced[node.name] = before.name
         else:
             nodes.append(Node(node.name, node.op, inputs, node.attributes))

@@ -77,9 +77,7 @@ def _batch_norm(attributes: Mapping[str, Any], weights: Mapping[str, Tensor], x:
 
 def _pool(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def run(attributes: Mapping[str, Any], weights: Mapping[str, Tensor], x: Tensor) -> Tensor:  # noqa: ARG001
-        settings = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()
-        }
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()}
         result: Tensor = function(x, **settings)
         return result
 
@@ -263,9 +261,7 @@ class CapturedModel:
     @classmethod
     def from_document(cls, document: Mapping[str, Any], flat_weights: Mapping[str, Tensor]) -> CapturedModel:
         """Rebuilds a model from ``document()`` and weights named ``node.kind``."""
-        nodes = [
-            Node(name, op, tuple(inputs), attributes) for name, op, inputs, attributes in document["nodes"]
-        ]
+        nodes = [Node(name, op, tuple(inputs), attributes) for name, op, inputs, attributes in document["nodes"]]
         weights: dict[str, dict[str, Tensor]] = {}
         for flat_name, tensor in flat_weights.items():
             name, kind = flat_name.rsplit(".", 1)
@@ -284,9 +280,7 @@ def _check_nodes(nodes: list[Node], weights: Mapping[str, Mapping[str, Tensor]])
             raise ModelFormatError(f"Node {node.name!r} has the unknown operator {node.op!r}.", remedy)
         missing = [name for name in node.inputs if name not in known]
         if missing or node.name in known:
-            raise ModelFormatError(
-                f"Node {node.name!r} is out of order or appears twice ({missing}).", remedy
-            )
+            raise ModelFormatError(f"Node {node.name!r} is out of order or appears twice ({missing}).", remedy)
         if node.op in LAYERS and "weight" not in weights.get(node.name, {}):
             raise ModelFormatError(f"Layer {node.name!r} has no weight.", remedy)
         known.add(node.name)

@@ -51,14 +51,10 @@ class GraphBuilder:
             )
         name = self._unique(name)
         node = Node(name, op, tuple(inputs), dict(attributes or {}))
-        held = {
-            kind: tensor.detach().to("cpu", torch.float32).clone() for kind, tensor in (weights or {}).items()
-        }
+        held = {kind: tensor.detach().to("cpu", torch.float32).clone() for kind, tensor in (weights or {}).items()}
         for kind, tensor in held.items():
             if not torch.isfinite(tensor).all():
-                raise NonFiniteError(
-                    f"Weight {name}.{kind} holds NaN or infinity.", "Train or export the model again."
-                )
+                raise NonFiniteError(f"Weight {name}.{kind} holds NaN or infinity.", "Train or export the model again.")
         try:
             with torch.inference_mode():
                 self.values[name] = OPERATORS[op](node.attributes, held, *(self.values[i] for i in inputs))
@@ -76,7 +72,13 @@ class GraphBuilder:
     def add_reshape(self, name: str, source: str, shape: Sequence[int]) -> str:
         """A reshape to ``shape``, whose first dimension must stay the batch."""
         batch = self.example.shape[0]
-        target = self.values[source].reshape(tuple(shape)).shape
+        try:
+            target = self.values[source].reshape(tuple(shape)).shape
+        except (RuntimeError, TypeError) as error:
+            raise ModelFormatError(
+                f"reshape {name!r} cannot take inputs of shape {[tuple(self.values[source].shape)]}: {error}.",
+                "Check that the images have the shape that the network expects.",
+            ) from error
         if target[0] != batch:
             raise UnsupportedOperatorError(
                 f"Reshape {name!r} to {list(target)} mixes images of a batch (of {batch}).",
@@ -122,7 +124,5 @@ def unsupported(operator: str, where: str) -> AQuantError:
     """The error for an operator that no graph can hold."""
     return UnsupportedOperatorError(
         f"Operator {operator} at {where!r} is not supported.",
-        "Supported: "
-        + ", ".join(sorted(OPERATORS))
-        + ". Replace it, or quantize the part of the network before it.",
+        "Supported: " + ", ".join(sorted(OPERATORS)) + ". Replace it, or quantize the part of the network before it.",
     )

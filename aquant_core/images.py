@@ -25,13 +25,12 @@ from aquant_core.graph import CapturedModel
 MINIMUM_IMAGES = 16
 ENOUGH_IMAGES = 256
 _REMEDY = (
-    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, "
-    "and, if you have them, `labels` (N,)."
+    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,)."
 )
 Kind = Literal["calibration", "evaluation"]
 
 _UNREADABLE = (
-    OSError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, tokenize.TokenError,
+    OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, tokenize.TokenError,
     SyntaxError, zlib.error, zipfile.BadZipFile, SafetensorError,
 )  # fmt: skip
 """What numpy, zipfile and safetensors raise on damaged files."""
@@ -109,8 +108,7 @@ def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | 
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ImageSetError(
-            f"The {what} labels are {labels.dtype} of shape {labels.shape}, "
-            f"not integers of shape ({count},).",
+            f"The {what} labels are {labels.dtype} of shape {labels.shape}, not integers of shape ({count},).",
             _REMEDY,
         )
     classes = torch.from_numpy(labels.astype(np.int64))
@@ -153,9 +151,7 @@ def check_images(
     names = [node.name for node in model.layers]
     for name in config.layers:
         if name not in names:
-            raise UnknownLayerError(
-                f"layers: {name!r} is not a layer of this network.", f"It has {', '.join(names)}."
-            )
+            raise UnknownLayerError(f"layers: {name!r} is not a layer of this network.", f"It has {', '.join(names)}.")
     if len(calibration) < MINIMUM_IMAGES:
         raise ImageSetError(
             f"{len(calibration)} calibration images are too few.",
@@ -163,19 +159,11 @@ def check_images(
         )
     check_image_shape(model.input_shape, calibration.images, "calibration")
     warnings = []
-    distinct = (
-        len(torch.unique(calibration.images.flatten(1), dim=0))
-        if len(calibration) <= 4096
-        else len(calibration)
-    )
+    distinct = len(torch.unique(calibration.images.flatten(1), dim=0)) if len(calibration) <= 4096 else len(calibration)
     if distinct == 1:
-        raise ImageSetError(
-            "All calibration images are the same.", "Give images like those the network will see."
-        )
+        raise ImageSetError("All calibration images are the same.", "Give images like those the network will see.")
     if distinct < len(calibration):
-        warnings.append(
-            f"{len(calibration) - distinct} of {len(calibration)} calibration images are duplicates."
-        )
+        warnings.append(f"{len(calibration) - distinct} of {len(calibration)} calibration images are duplicates.")
     if len(calibration) < ENOUGH_IMAGES:
         warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
     if evaluation is not None:

@@ -148,9 +148,7 @@ class QuantizedLayer(nn.Module):
         elif self.groups == self.in_channels == out_channels:  # depthwise: a weighted sum of the K positions
             product = (columns.reshape(images, out_channels, -1, windows) * matrix[:, 0, :, None]).sum(2)
         else:
-            product = torch.matmul(
-                matrix, columns.reshape(images, self.groups, -1, windows)
-            )  # (N, G, O/G, L)
+            product = torch.matmul(matrix, columns.reshape(images, self.groups, -1, windows))  # (N, G, O/G, L)
         rows, width = self.window.output_size(x.shape[2], x.shape[3])
         product = product.reshape(images, out_channels, rows, width)
         return product if self.bias is None else product + self.bias.reshape(1, -1, 1, 1)

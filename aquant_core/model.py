@@ -41,9 +41,7 @@ class QuantizedModel(nn.Module):
         if node.op in LAYERS:
             result: Tensor = self.layers[node.name](values[0])
             return result
-        constants = {
-            kind: tensor.to(values[0].device) for kind, tensor in self.constants.get(node.name, {}).items()
-        }
+        constants = {kind: tensor.to(values[0].device) for kind, tensor in self.constants.get(node.name, {}).items()}
         return OPERATORS[node.op](node.attributes, constants, *values)
 
     def forward(self, x: Tensor) -> Tensor:

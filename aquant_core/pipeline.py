@@ -113,9 +113,7 @@ def quantize(
         "accuracy": None
         if evaluation.labels is None
         else {name: accuracy(values, evaluation.labels) for name, values in named.items()},
-        "fidelity": {
-            name: fidelity(values, float_logits) for name, values in named.items() if name != "float"
-        },
+        "fidelity": {name: fidelity(values, float_logits) for name, values in named.items() if name != "float"},
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
         "blocks": run.history,
         "layers": [_describe_layer(quantized, name) for name in quantized.layers],
@@ -183,15 +181,9 @@ class _Reconstruction:
                     iterations = self.schedule.preset.iterations
                     done = begun + cost * (step + 1) / iterations
                     eta = (time.monotonic() - started) * (total - done) / done
-                    self.tell(
-                        Progress(
-                            "reconstruct", number, len(learned), step + 1, iterations, loss, round(eta, 1)
-                        )
-                    )
+                    self.tell(Progress("reconstruct", number, len(learned), step + 1, iterations, loss, round(eta, 1)))
 
-                generator = torch.Generator(device=images.device).manual_seed(
-                    _seed_of_block(self.seed, block.name)
-                )
+                generator = torch.Generator(device=images.device).manual_seed(_seed_of_block(self.seed, block.name))
                 curve = reconstruct_block(self.model, block, cache, self.schedule, generator, on_iteration)
                 spent += cost
             output = self._through(partial(self.model.run_block, block), cache.noised)

@@ -16,7 +16,7 @@ SHRINK_STEPS = 100
 
 HISTOGRAM_BINS = 8192
 
-_ALL_ZERO_POINTS_UP_TO = 15
+_ALL_ZERO_POINTS_UP_TO = 7
 """Up to this largest code every zero-point is tried for every range, above it only the implied one."""
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
@@ -126,9 +126,7 @@ class WeightRounding(nn.Module):
     codes: Tensor
     ratio: Tensor | None
 
-    def __init__(
-        self, codes: Tensor, grid: UniformGrid, shape: torch.Size, ratio: Tensor | None = None
-    ) -> None:
+    def __init__(self, codes: Tensor, grid: UniformGrid, shape: torch.Size, ratio: Tensor | None = None) -> None:
         super().__init__()
         self.levels = grid.levels
         self.shape = shape

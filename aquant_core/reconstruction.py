@@ -110,9 +110,7 @@ def reconstruct_block(
     return history
 
 
-def _prepare(
-    layers: list[QuantizedLayer], schedule: Schedule, generator: torch.Generator
-) -> torch.optim.Optimizer:
+def _prepare(layers: list[QuantizedLayer], schedule: Schedule, generator: torch.Generator) -> torch.optim.Optimizer:
     """Makes the layers learnable; one Adam with a group for each kind of parameter."""
     border: list[Tensor] = []
     scale: list[Tensor] = []
@@ -140,9 +138,7 @@ def _prepare(
     return torch.optim.Adam([group for group in groups if group["params"]])
 
 
-def _regulariser(
-    layers: list[QuantizedLayer], method: MethodSettings, step: int, steps: int
-) -> Tensor | float:
+def _regulariser(layers: list[QuantizedLayer], method: MethodSettings, step: int, steps: int) -> Tensor | float:
     """lambda sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4."""
     if not schedules.regulariser_acts(step, steps):
         return 0.0

@@ -27,11 +27,9 @@ _SCHEMAS = (
     "int y, int x)"
     " -> Tensor",
     "roi_pool(Tensor i, Tensor r, float s, int h, int w) -> (Tensor, Tensor)",
-    "_roi_pool_backward(Tensor g, Tensor r, Tensor a, float s, int h, int w, int b, int c, int y, "
-    "int x) -> Tensor",
+    "_roi_pool_backward(Tensor g, Tensor r, Tensor a, float s, int h, int w, int b, int c, int y, int x) -> Tensor",
     "ps_roi_pool(Tensor i, Tensor r, float s, int h, int w) -> (Tensor, Tensor)",
-    "_ps_roi_pool_backward(Tensor g, Tensor r, Tensor m, float s, int h, int w, int b, int c, int y, "
-    "int x) -> Tensor",
+    "_ps_roi_pool_backward(Tensor g, Tensor r, Tensor m, float s, int h, int w, int b, int c, int y, int x) -> Tensor",
     "deform_conv2d(Tensor i, Tensor w, Tensor o, Tensor m, Tensor b, int sy, int sx, int py, int px, "
     "int dy, int dx,"
     " int g, int og, bool u) -> Tensor",

@@ -78,7 +78,10 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """One Markdown row a cell."""
-    lines = ["| network | bits | method | seed | top-1 | 95 % interval | float | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| network | bits | method | seed | top-1 | 95 % interval | float | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for cell in cells:
         accuracy = cell["accuracy"]["quantized"]
         low, high = accuracy["interval"]

@@ -333,7 +333,26 @@ def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, 
 
 
 @_loop(parallel=True, cache=True)
-def _backward(grad, x, scale, zero_point, levels, border, alpha, bordered, fused, bound, input_gradient, rounding, pads, geometry, size, grad_x, sums_of_scale, sums_of_border):  # noqa: E501
+def _backward(
+    grad,
+    x,
+    scale,
+    zero_point,
+    levels,
+    border,
+    alpha,
+    bordered,
+    fused,
+    bound,
+    input_gradient,
+    rounding,
+    pads,
+    geometry,
+    size,
+    grad_x,
+    sums_of_scale,
+    sums_of_border,
+):  # noqa: E501
     images, channels, height, width = x.shape
     positions = grad.shape[2]
     inverse_positions = _ONE / np.float32(positions)

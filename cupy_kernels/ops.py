@@ -86,17 +86,13 @@ def border_columns(
     """
     channels, positions = x.shape[1] if x.dim() == 4 else -1, window.positions
     if x.dim() != 4 or not x.dtype.is_floating_point:
-        raise ValueError(
-            f"x must be a floating point (N, C, H, W) tensor, not {x.dtype} of shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must be a floating point (N, C, H, W) tensor, not {x.dtype} of shape {tuple(x.shape)}")
     if scale.dim() != 0:
         raise ValueError(f"scale must be a scalar tensor, not of shape {tuple(scale.shape)}")
     if border is not None and (border.shape[1:] != (channels, positions) or len(border) not in (2, 3)):
         raise ValueError(f"border must be (2 or 3, {channels}, {positions}), not {tuple(border.shape)}")
     if alpha is not None and (border is None or not spec.fused or alpha.shape != (channels, positions)):
-        raise ValueError(
-            f"alpha must be ({channels}, {positions}), beside a fused border; got {tuple(alpha.shape)}"
-        )
+        raise ValueError(f"alpha must be ({channels}, {positions}), beside a fused border; got {tuple(alpha.shape)}")
     result = _BorderColumns.apply(x, scale, border, alpha, window, spec, rounding)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result

@@ -58,17 +58,13 @@ def up(
 @app.command()
 def submit(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")
-    ],
+    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     evaluation: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="aquant, qdrop_refactored, aquant_no_border, nearest.")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="aquant, qdrop_refactored, aquant_no_border, nearest.")] = None,
     preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -117,9 +113,7 @@ def list_jobs(
         for job in client.list(limit=limit).jobs:
             config = job.config
             bits = f"W{config.weight_bits}A{config.activation_bits}"
-            typer.echo(
-                f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {config.method} {bits}"
-            )
+            typer.echo(f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {config.method} {bits}")
 
 
 @app.command()
@@ -179,9 +173,7 @@ def _add_missing(name: str, module: str) -> None:
         raise typer.Exit(1)
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    app.command(name, help="(not installed: pip install 'aquant-service[core]')", context_settings=settings)(
-        missing
-    )
+    app.command(name, help="(not installed: pip install 'aquant-service[core]')", context_settings=settings)(missing)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -228,9 +220,7 @@ def _line(job: JobDocument) -> str:
         words.append(job.stage or "")
         progress = job.progress
         if progress.block:
-            words.append(
-                f"block {progress.block} of {progress.blocks}, {progress.iteration}/{progress.iterations}"
-            )
+            words.append(f"block {progress.block} of {progress.blocks}, {progress.iteration}/{progress.iterations}")
         if progress.loss is not None:
             words.append(f"loss {progress.loss:.4g}")
         if progress.eta_seconds is not None:

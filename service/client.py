@@ -72,9 +72,7 @@ class Client:
                 if path is not None:
                     file = stack.enter_context(path.open("rb"))
                     files.append((name, (path.name, file, "application/octet-stream")))
-            response = self._send(
-                "POST", "/jobs", files=files, timeout=httpx.Timeout(60.0, write=600.0, read=600.0)
-            )
+            response = self._send("POST", "/jobs", files=files, timeout=httpx.Timeout(60.0, write=600.0, read=600.0))
         return JobDocument.model_validate_json(response.content)
 
     def get(self, job_id: str) -> JobDocument:
@@ -112,9 +110,7 @@ class Client:
         while True:
             left = WAIT_SECONDS if deadline is None else min(WAIT_SECONDS, deadline - time.monotonic())
             params = {"wait": str(max(left, 0.0))}
-            document = JobDocument.model_validate_json(
-                self._send("GET", f"/jobs/{job_id}", params=params).content
-            )
+            document = JobDocument.model_validate_json(self._send("GET", f"/jobs/{job_id}", params=params).content)
             if document.finished:
                 return document
             if deadline is not None and time.monotonic() >= deadline:

@@ -49,8 +49,7 @@ class Component:
         if status is not None:
             lines = self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
             raise StackError(
-                f"The {self.name} stopped by itself (status {status}). The end of {self.log}:\n"
-                + "\n".join(lines)
+                f"The {self.name} stopped by itself (status {status}). The end of {self.log}:\n" + "\n".join(lines)
             )
 
 
@@ -79,9 +78,7 @@ class Stack:
 
 
 @contextmanager
-def local_stack(
-    settings: Settings, on_start: Callable[[Component], None] = lambda _: None
-) -> Iterator[Stack]:
+def local_stack(settings: Settings, on_start: Callable[[Component], None] = lambda _: None) -> Iterator[Stack]:
     """Start what is needed, wait until it can work, and stop all of it at the end, whatever happens.
 
     The broker is the configured one, else a valkey-server or redis-server found on PATH, else the one of the
@@ -198,9 +195,7 @@ def _worker_command() -> list[str]:
     return [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", *options]
 
 
-def _start(
-    name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]
-) -> Component:
+def _start(name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]) -> Component:
     libc = ctypes.CDLL(None)
 
     def die_with_parent() -> None:
@@ -241,9 +236,7 @@ def _wait_until(ready: Callable[[], bool], *components: Component) -> None:
         if time.monotonic() > deadline:
             names = " and ".join(component.name for component in components)
             logs = ", ".join(str(component.log) for component in components)
-            raise StackError(
-                f"The {names} did not become ready within {READY_SECONDS:.0f} seconds; see {logs}."
-            )
+            raise StackError(f"The {names} did not become ready within {READY_SECONDS:.0f} seconds; see {logs}.")
         time.sleep(POLL_SECONDS)
 
 

@@ -23,12 +23,8 @@ class Settings(BaseSettings):
         env_prefix="AQUANT_", frozen=True, populate_by_name=True, extra="ignore", env_ignore_empty=True
     )
 
-    data_dir: Annotated[Path, Field(description="Folder of everything kept: database, artifacts, logs.")] = (
-        Path("data")
-    )
-    database_url: Annotated[
-        str | None, Field(description="SQLAlchemy URL; without it SQLite in data_dir.")
-    ] = None
+    data_dir: Annotated[Path, Field(description="Folder of everything kept: database, artifacts, logs.")] = Path("data")
+    database_url: Annotated[str | None, Field(description="SQLAlchemy URL; without it SQLite in data_dir.")] = None
     artifacts_url: Annotated[
         str | None, Field(description="file:// URL of the artifact store; without it a folder in data_dir.")
     ] = None
@@ -50,9 +46,7 @@ class Settings(BaseSettings):
         int, Field(ge=1, description="Largest image array, by its header, once unpacked.")
     ] = 8 * GIB
 
-    lease_seconds: Annotated[
-        float, Field(gt=0, description="A worker silent for this long has lost its job.")
-    ] = 30.0
+    lease_seconds: Annotated[float, Field(gt=0, description="A worker silent for this long has lost its job.")] = 30.0
     heartbeat_seconds: Annotated[
         float,
         Field(gt=0, description="How often a running job's lease, progress and cancel flag are exchanged."),
@@ -62,17 +56,13 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="A queued job unannounced for this long is announced again.")
     ] = 15.0
     max_attempts: Annotated[int, Field(ge=1, description="How often a job whose worker died is tried.")] = 3
-    job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = (
-        24 * 3600.0
-    )
+    job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
     intake_seconds: Annotated[float, Field(gt=0, description="Wall clock of the upload check.")] = 600.0
-    intake_memory_bytes: Annotated[int, Field(ge=256 * MIB, description="Memory of the upload check.")] = (
+    intake_memory_bytes: Annotated[int, Field(ge=256 * MIB, description="Memory of the upload check.")] = 16 * GIB
+    intake_file_bytes: Annotated[int, Field(ge=1, description="Largest file that the upload check may write.")] = (
         16 * GIB
     )
-    intake_file_bytes: Annotated[
-        int, Field(ge=1, description="Largest file that the upload check may write.")
-    ] = 16 * GIB
 
     @property
     def database(self) -> str:

@@ -110,9 +110,7 @@ class Lease:
     def _renew(self) -> None:
         progress = self._progress
         with self._sessions.begin() as session:
-            state = JobRepository(session).renew(
-                self.claim, self._length, progress.stage, _as_document(progress)
-            )
+            state = JobRepository(session).renew(self.claim, self._length, progress.stage, _as_document(progress))
         self._renewed = time.monotonic()
         if state is None:
             self._stop = LeaseLostError()

@@ -55,10 +55,7 @@ def ready(parts: PartsDep) -> Response:
 
 def _workers(parts: Parts) -> list[WorkerInfo]:
     with parts.sessions() as session:
-        ages = {
-            worker.name: (now() - worker.seen_at).total_seconds()
-            for worker in JobRepository(session).workers()
-        }
+        ages = {worker.name: (now() - worker.seen_at).total_seconds() for worker in JobRepository(session).workers()}
     return [
         WorkerInfo(name=name, seconds_since_seen=round(age, 1), alive=age < WORKER_ALIVE_SECONDS)
         for name, age in ages.items()

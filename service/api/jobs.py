@@ -103,9 +103,7 @@ def list_jobs(
     request: Request,
     parts: PartsDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    cursor: Annotated[
-        str | None, Query(max_length=200, description="From the `next` link of a page.")
-    ] = None,
+    cursor: Annotated[str | None, Query(max_length=200, description="From the `next` link of a page.")] = None,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
 ) -> JobPage:
     """List jobs, newest first."""

@@ -69,9 +69,7 @@ async def _service_error(_request: Request, error: Exception) -> Response:
 async def _invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = [f"{' '.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-    return problem(
-        422, "request_invalid", f"{'; '.join(faults)}.", "See /docs for the parameters of this call."
-    )
+    return problem(422, "request_invalid", f"{'; '.join(faults)}.", "See /docs for the parameters of this call.")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -29,9 +29,7 @@ class _File:
 
 
 @router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
-async def report(
-    parts: PartsDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
-) -> Response:
+async def report(parts: PartsDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The accuracy report of a job that succeeded."""
     file = await run_in_threadpool(_find, parts, job_id, "report")
     headers = {"ETag": file.etag}
@@ -88,9 +86,7 @@ async def checkpoint(
     headers["Content-Length"] = str(stop - start)
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type="application/octet-stream")
-    return StreamingResponse(
-        parts.artifacts.stream(file.key, start, stop), status, headers, "application/octet-stream"
-    )
+    return StreamingResponse(parts.artifacts.stream(file.key, start, stop), status, headers, "application/octet-stream")
 
 
 def _find(parts: Parts, job_id: str, name: str) -> _File:
@@ -100,8 +96,6 @@ def _find(parts: Parts, job_id: str, name: str) -> _File:
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",
-                "It never will; see the job's error."
-                if job.state in FINISHED
-                else "Ask again once it has succeeded.",
+                "It never will; see the job's error." if job.state in FINISHED else "Ask again once it has succeeded.",
             )
         return _File(artifact.key, artifact.size, f'"{artifact.sha256}"')

@@ -90,9 +90,7 @@ class FormStream:
             try:
                 chunk = await anext(self._body)
             except StopAsyncIteration:
-                raise FormError(
-                    "The form ends before its closing boundary: it was cut short.", REMEDY
-                ) from None
+                raise FormError("The form ends before its closing boundary: it was cut short.", REMEDY) from None
             try:
                 self._parser.write(chunk)
             except FormParserError as error:

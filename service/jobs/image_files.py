@@ -77,9 +77,7 @@ def _check_arrays(arrays: dict[str, _Array], what: str, max_bytes: int) -> None:
             FORMATS,
         )
     if images.dtype not in _IMAGE_KINDS:
-        raise ImagesInvalidError(
-            f"The {what} images are of type {images.dtype}; uint8 or float32 is needed.", FORMATS
-        )
+        raise ImagesInvalidError(f"The {what} images are of type {images.dtype}; uint8 or float32 is needed.", FORMATS)
     if len(images.shape) != 4 or not all(images.shape):
         raise ImagesInvalidError(
             f"The {what} images have the shape {list(images.shape)}; four dimensions (N, C, H, W) are "
@@ -96,9 +94,7 @@ def _check_arrays(arrays: dict[str, _Array], what: str, max_bytes: int) -> None:
     if labels is None:
         return
     if labels.dtype not in _LABELS:
-        raise ImagesInvalidError(
-            f"The {what} labels are of type {labels.dtype}; an integer type is needed.", FORMATS
-        )
+        raise ImagesInvalidError(f"The {what} labels are of type {labels.dtype}; an integer type is needed.", FORMATS)
     if labels.shape != images.shape[:1]:
         raise ImagesInvalidError(
             f"The {what} labels have the shape {list(labels.shape)} for {images.shape[0]} images.",
@@ -113,10 +109,7 @@ def _safetensors_arrays(file: BinaryIO, size: int, what: str) -> dict[str, _Arra
         raise ImagesInvalidError(
             f"The {what} file is a damaged safetensors file: {error}.", "Save or upload it again."
         ) from error
-    return {
-        name: _Array(_SAFETENSORS.get(entry.dtype, entry.dtype), entry.shape)
-        for name, entry in entries.items()
-    }
+    return {name: _Array(_SAFETENSORS.get(entry.dtype, entry.dtype), entry.shape) for name, entry in entries.items()}
 
 
 def _npz_arrays(file: BinaryIO, what: str) -> dict[str, _Array]:
@@ -132,9 +125,7 @@ def _npz_arrays(file: BinaryIO, what: str) -> dict[str, _Array]:
                         f"The {what} archive holds {entry.filename!r}, which is no array.", FORMATS
                     )
                 with archive.open(entry) as member:
-                    arrays[entry.filename.removesuffix(".npy")] = _npy_header(
-                        _Counted(member), entry.file_size, what
-                    )
+                    arrays[entry.filename.removesuffix(".npy")] = _npy_header(_Counted(member), entry.file_size, what)
             return arrays
     except (
         zipfile.BadZipFile,

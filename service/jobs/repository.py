@@ -108,9 +108,7 @@ class JobRepository:
         )
         return Claim(job_id, self.get(job_id).attempt, owner) if taken else None
 
-    def renew(
-        self, claim: Claim, lease: timedelta, stage: str, progress: dict[str, Any] | None
-    ) -> JobState | None:
+    def renew(self, claim: Claim, lease: timedelta, stage: str, progress: dict[str, Any] | None) -> JobState | None:
         """Extend a lease and note progress; the job's state, or None where the claim was lost."""
         return self._session.scalar(
             update(JobRecord)
@@ -131,9 +129,7 @@ class JobRepository:
 
         A job whose cancellation was asked for ends as cancelled, whatever came of the work.
         """
-        if self._move(
-            JobState.CANCELLED, _held_under(claim), JobRecord.state == JobState.CANCELLING, **_ending()
-        ):
+        if self._move(JobState.CANCELLED, _held_under(claim), JobRecord.state == JobState.CANCELLING, **_ending()):
             return JobState.CANCELLED
         if not self._move(state, _held_under(claim), stage=stage, error=error, **_ending()):
             return None
@@ -148,9 +144,7 @@ class JobRepository:
         """
         return self._end_attempt(claim.job_id, claim.attempt, max_attempts, error, _held_under(claim))
 
-    def take_back(
-        self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any]
-    ) -> JobState | None:
+    def take_back(self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any]) -> JobState | None:
         """As :meth:`give_back`, for a worker whose lease has run out; None if it has not."""
         return self._end_attempt(job_id, attempt, max_attempts, error, JobRecord.lease_expires_at < now())
 
@@ -210,9 +204,7 @@ class JobRepository:
     def expired(self) -> list[tuple[str, int]]:
         """Id and attempt of every held job whose lease has run out."""
         rows = self._session.execute(
-            select(JobRecord.id, JobRecord.attempt).where(
-                JobRecord.state.in_(HELD), JobRecord.lease_expires_at < now()
-            )
+            select(JobRecord.id, JobRecord.attempt).where(JobRecord.state.in_(HELD), JobRecord.lease_expires_at < now())
         )
         return [(job_id, attempt) for job_id, attempt in rows]
 

@@ -46,9 +46,7 @@ def read_header(file: BinaryIO, size: int) -> dict[str, TensorEntry]:
     file.seek(0)
     (length,) = struct.unpack("<Q", file.read(8))
     if 8 + length > size:
-        raise HeaderError(
-            f"its header is said to be {length} bytes long, the file has {size}: it is cut short"
-        )
+        raise HeaderError(f"its header is said to be {length} bytes long, the file has {size}: it is cut short")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
@@ -80,7 +78,5 @@ def _read_entry(name: str, raw: Any) -> tuple[TensorEntry, tuple[int, int]]:
     if dtype not in DTYPE_BITS:
         raise HeaderError(f"tensor {name!r} has the unknown dtype {dtype!r}")
     if math.prod(shape) * DTYPE_BITS[dtype] != (stop - start) * 8:
-        raise HeaderError(
-            f"tensor {name!r} ({dtype}, shape {list(shape)}) does not fill its {stop - start} bytes"
-        )
+        raise HeaderError(f"tensor {name!r} ({dtype}, shape {list(shape)}) does not fill its {stop - start} bytes")
     return TensorEntry(dtype, shape), (start, stop)

@@ -16,9 +16,7 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Annotated[str, Field(description="Always about:blank; tell problems apart by `code`.")] = (
-        "about:blank"
-    )
+    type: Annotated[str, Field(description="Always about:blank; tell problems apart by `code`.")] = "about:blank"
     title: Annotated[str, Field(description="The kind of problem in words.")]
     status: Annotated[
         int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
@@ -66,9 +64,7 @@ class JobDocument(BaseModel):
 
     id: str
     state: JobState
-    stage: Annotated[
-        str | None, Field(description="intake, capture, nearest, reconstruct, evaluate or save.")
-    ] = None
+    stage: Annotated[str | None, Field(description="intake, capture, nearest, reconstruct, evaluate or save.")] = None
     queue_position: Annotated[int | None, Field(description="Jobs ahead of a queued one.")] = None
     progress: JobProgress = JobProgress()
     attempt: Annotated[int, Field(description="How often a worker has started on it.")] = 0

@@ -85,7 +85,9 @@ def test_the_norms_batch_counters_may_be_missing() -> None:
 
 def test_a_network_whose_classifier_is_a_convolution() -> None:
     state = state_of(SMALL, 10)
-    assert torch.equal(build_from_state_dict(SMALL, state).state_dict()["classifier.1.weight"], state["classifier.1.weight"])
+    assert torch.equal(
+        build_from_state_dict(SMALL, state).state_dict()["classifier.1.weight"], state["classifier.1.weight"]
+    )
 
 
 def test_missing_extra_and_reshaped_weights_are_named() -> None:
@@ -96,7 +98,9 @@ def test_missing_extra_and_reshaped_weights_are_named() -> None:
     with pytest.raises(WeightsMismatchError, match="1 unexpected: ema"):
         build_from_state_dict(SMALL, state | {"ema": torch.zeros(1)})
     reshaped = state | {"features.0.weight": torch.zeros(64, 1, 3, 3)}
-    with pytest.raises(WeightsMismatchError, match=r"features\.0\.weight is \(64, 1, 3, 3\) instead of \(64, 3, 3, 3\)"):
+    with pytest.raises(
+        WeightsMismatchError, match=r"features\.0\.weight is \(64, 1, 3, 3\) instead of \(64, 3, 3, 3\)"
+    ):
         build_from_state_dict(SMALL, reshaped)
 
 

@@ -29,7 +29,9 @@ def images(size: int = 8, channels: int = 3) -> Tensor:
 
 def small_net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_images_of_another_size_than_declared_are_refused(tmp_path: Path, exampl
 
 def test_a_state_dict_needs_its_architecture(tmp_path: Path, state: dict[str, Tensor]) -> None:
     save_file(state, tmp_path / "a")
-    with pytest.raises(ModelFormatError, match="weights without a network.*\"architecture\""):
+    with pytest.raises(ModelFormatError, match='weights without a network.*"architecture"'):
         capture(tmp_path / "a")
     with pytest.raises(UnknownArchitectureError, match="'squeezenet'"):
         capture(tmp_path / "a", "squeezenet")
@@ -176,7 +178,9 @@ def test_cut_off_state_dicts_are_refused(tmp_path: Path, kind: str, share: float
         capture(path, ARCHITECTURE, images(48))
 
 
-@pytest.mark.parametrize("data", [b"", b"hello, I am no network", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x05\x06" + bytes(18)])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello, I am no network", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x05\x06" + bytes(18)]
+)
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(ModelFormatError):

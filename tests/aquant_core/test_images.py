@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from safetensors.torch import save as save_torch
@@ -101,7 +101,10 @@ def test_doubles_beyond_float32_are_not_finite(tmp_path: Path) -> None:
         ({"images": IMAGES > 0.5}, "are bool"),
         ({"images": IMAGES.astype(np.complex64)}, "are complex64"),
         ({"x": IMAGES, "y": LABELS}, r"arrays \['x', 'y'\], none called images"),
-        ({"images": IMAGES, "labels": LABELS[:-1]}, r"labels are int64 of shape \(15,\), not integers of shape \(16,\)"),
+        (
+            {"images": IMAGES, "labels": LABELS[:-1]},
+            r"labels are int64 of shape \(15,\), not integers of shape \(16,\)",
+        ),
         ({"images": IMAGES, "labels": LABELS[:, None]}, r"shape \(16, 1\)"),
         ({"images": IMAGES, "labels": LABELS.astype(np.float32)}, "labels are float32"),
         ({"images": IMAGES, "labels": LABELS - 1}, "labels go down to -1"),
@@ -172,7 +175,6 @@ def test_cut_off_files_are_refused(tmp_path_factory: pytest.TempPathFactory, kin
         read_images(path)
 
 
-@settings(max_examples=3000, deadline=None)
 @given(kind=st.sampled_from(KINDS), share=st.floats(0, 1), value=st.integers(0, 255))
 def test_a_wrong_byte_is_survived_or_refused(
     tmp_path_factory: pytest.TempPathFactory, kind: str, share: float, value: int

@@ -66,9 +66,7 @@ def test_rounding_to_nearest_by_hand() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(BITS), st.sampled_from([0.01, 1.0, 50.0]), st.booleans())
-def test_weight_search_is_never_worse_than_the_full_range(
-    seed: int, bits: int, size: float, heavy: bool
-) -> None:
+def test_weight_search_is_never_worse_than_the_full_range(seed: int, bits: int, size: float, heavy: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 2, 3, 3, generator=generator) * size
     if heavy:

@@ -54,11 +54,7 @@ def test_within_bounds_and_monotonic(moment: tuple[int, int]) -> None:
     step, iterations = moment
     now, later = rounding_schedule(step, iterations), rounding_schedule(step + 1, iterations)
     assert 0 <= now <= later <= 1
-    assert (
-        20
-        >= regulariser_beta(step, iterations, 20, 2)
-        >= regulariser_beta(step + 1, iterations, 20, 2) - 1e-12
-    )
+    assert 20 >= regulariser_beta(step, iterations, 20, 2) >= regulariser_beta(step + 1, iterations, 20, 2) - 1e-12
     assert 1 >= cosine(step, iterations) >= cosine(step + 1, iterations) >= -1e-12
     if not regulariser_acts(step, iterations):
         assert now == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cupy_kernels import cpu_loops, reference
-from cupy_kernels.specification import Bound, BorderSpecification, Window
+from cupy_kernels.specification import BorderSpecification, Bound, Window
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 windows = st.one_of(
@@ -32,9 +32,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     levels = draw(st.sampled_from([1, 3, 7, 15, 255]))
     zero_point = draw(st.integers(0, levels)) if draw(st.booleans()) else 0
     fused = draw(st.booleans())
-    spec = BorderSpecification(
-        levels, zero_point, draw(st.sampled_from(get_args(Bound))), fused, draw(st.booleans())
-    )
+    spec = BorderSpecification(levels, zero_point, draw(st.sampled_from(get_args(Bound))), fused, draw(st.booleans()))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     channels, height, width = draw(st.integers(1, 3)), draw(st.integers(5, 9)), draw(st.integers(5, 9))
     shape = (draw(st.integers(1, 2)), channels, height, width)

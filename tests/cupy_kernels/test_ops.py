@@ -70,9 +70,7 @@ def test_gradients_reach_every_input_by_both_implementations() -> None:
     x, border = torch.randn(2, 2, 5, 5, generator=g), torch.randn(3, 2, 9, generator=g) * 0.2
     grads = []
     for forced in (True, False):
-        leaves = [
-            value.clone().requires_grad_() for value in (x, torch.tensor(0.3), border, torch.ones(2, 9))
-        ]
+        leaves = [value.clone().requires_grad_() for value in (x, torch.tensor(0.3), border, torch.ones(2, 9))]
         if forced:
             with reference_only():
                 border_columns(*leaves, WINDOW, BorderSpecification(3)).square().sum().backward()

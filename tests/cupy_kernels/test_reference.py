@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cupy_kernels import reference
 from cupy_kernels.ops import border_columns, reference_only
-from cupy_kernels.specification import Bound, BorderSpecification, Window
+from cupy_kernels.specification import BorderSpecification, Bound, Window
 
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
 WINDOWS = [
@@ -76,9 +76,7 @@ def oracle(
     return ((q - spec.zero_point) * scale * inside).flatten(1, 2)
 
 
-def draw(
-    window: Window, terms: int, learned_alpha: bool, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
+def draw(window: Window, terms: int, learned_alpha: bool, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     g = torch.Generator().manual_seed(7)
     x = torch.randn(2, 3, 6, 5, generator=g, dtype=dtype) * 1.2 + 0.4
     border = torch.randn(terms, 3, window.positions, generator=g, dtype=dtype) * 0.6
@@ -88,9 +86,7 @@ def draw(
 
 
 def gradients(function: Any, inputs: dict[str, Any], *static: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    leaves = {
-        name: None if value is None else value.clone().requires_grad_() for name, value in inputs.items()
-    }
+    leaves = {name: None if value is None else value.clone().requires_grad_() for name, value in inputs.items()}
     out = function(*leaves.values(), *static)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (out * weights.to(out.dtype)).sum().backward()
@@ -253,9 +249,7 @@ class _CeilAsIdentity(torch.autograd.Function):
     """The surrogate whose true gradient is the straight-through one: q = t - a B, far from the clip."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, border: Tensor, alpha: Tensor | None, *static: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, border: Tensor, alpha: Tensor | None, *static: Any) -> Tensor:
         ctx.save_for_backward(x, scale, border, alpha)
         ctx.static = static
         window, spec, rounding = static

@@ -39,9 +39,7 @@ def known_settings() -> set[str]:
     names: set[str] = set()
     for field, info in Settings.model_fields.items():
         alias = info.validation_alias
-        names |= (
-            set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {f"AQUANT_{field.upper()}"}
-        )
+        names |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {f"AQUANT_{field.upper()}"}
     return names
 
 
@@ -163,9 +161,7 @@ def test_only_the_api_is_published_and_only_here(services: dict[str, Any], compo
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_a_worker_is_given_the_time_it_takes_to_stop(
-    name: str, services: dict[str, Any], dockerfile: Any
-) -> None:
+def test_a_worker_is_given_the_time_it_takes_to_stop(name: str, services: dict[str, Any], dockerfile: Any) -> None:
     app = make_celery(Settings(broker_url="redis://nowhere:1/0"))
     soft = app.conf.worker_soft_shutdown_timeout
     assert seconds(services[name]["stop_grace_period"]) >= 3 * soft
@@ -189,13 +185,9 @@ def test_the_broker_keeps_every_message(services: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_the_images_own_health_check_is_the_same(
-    name: str, services: dict[str, Any], dockerfile: Any
-) -> None:
+def test_the_images_own_health_check_is_the_same(name: str, services: dict[str, Any], dockerfile: Any) -> None:
     check = services[name]["healthcheck"]
-    options, _, command = (
-        dockerfile.stages[services[name]["build"]["target"]].all("HEALTHCHECK")[0].partition(" CMD ")
-    )
+    options, _, command = dockerfile.stages[services[name]["build"]["target"]].all("HEALTHCHECK")[0].partition(" CMD ")
     match = re.fullmatch(r'python -c "(.*)"', command)
     assert match
     lines = [line.strip() for line in match[1].split(";")]

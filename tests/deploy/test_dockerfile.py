@@ -118,9 +118,7 @@ def test_the_api_runs_on_what_its_image_installs(tmp_path: Path) -> None:
 
 def test_the_worker_image_installs_the_extras_it_is_given(dockerfile: Any) -> None:
     assert installed_extras(dockerfile, "worker") == {"${EXTRAS}"}
-    defaults = dict(
-        line.split("=") for line in dockerfile.stages["worker-dependencies"].all("ARG") if "=" in line
-    )
+    defaults = dict(line.split("=") for line in dockerfile.stages["worker-dependencies"].all("ARG") if "=" in line)
     assert defaults == {"EXTRAS": "worker"}
     assert {"torch", "celery", "onnx"} <= needs_of({"worker"})
     assert "cupy-cuda13x" in needs_of({"worker", "gpu"}) - needs_of({"worker"})
@@ -129,9 +127,7 @@ def test_the_worker_image_installs_the_extras_it_is_given(dockerfile: Any) -> No
 @pytest.mark.parametrize("target", TARGETS)
 def test_versions_are_the_pinned_ones(dockerfile: Any, target: str) -> None:
     commands = [run for stage in dockerfile.sources(target).values() for run in stage.all("RUN")]
-    installs = [
-        part for run in commands for part in run.split("&&") if re.search(r"\bpip\b.* install ", part)
-    ]
+    installs = [part for run in commands for part in run.split("&&") if re.search(r"\bpip\b.* install ", part)]
     assert len(installs) == 3  # the build's tools, the dependencies, this project
     for install in installs:
         assert "-c constraints.txt" in install or "--no-deps --no-index" in install
@@ -160,13 +156,9 @@ def test_an_image_has_a_health_check_and_a_command(dockerfile: Any, target: str)
 
 
 def test_all_packages_are_copied_and_pass_the_ignore_file(dockerfile: Any) -> None:
-    copies = [
-        rest for stage in dockerfile.stages.values() for rest in stage.all("COPY") if "--from" not in rest
-    ]
+    copies = [rest for stage in dockerfile.stages.values() for rest in stage.all("COPY") if "--from" not in rest]
     copied = {source for rest in copies for source in rest.split()[:-1]}
-    packages = {
-        pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
-    }
+    packages = {pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert packages <= copied
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines

@@ -131,9 +131,7 @@ def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
     assert digest.hexdigest() == client.report(job.id)["digests"]["logits"]
 
 
-def test_nothing_is_left_in_the_work_folder(
-    stack: Stack, finished: tuple[JobDocument, list[JobDocument]]
-) -> None:
+def test_nothing_is_left_in_the_work_folder(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
     assert finished[0].finished
     assert list((stack.data_dir / "work").iterdir()) == []
 
@@ -231,9 +229,7 @@ def unsupported() -> bytes:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1, 28, 28]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Hardmax", ["x"], ["y"])], "net", [x], [y])
     return bytes(
-        helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
-        ).SerializeToString()
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     )
 
 

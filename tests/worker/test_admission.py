@@ -53,9 +53,7 @@ def model() -> bytes:
         ],
     )
     return bytes(
-        helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
-        ).SerializeToString()
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     )
 
 

@@ -83,9 +83,7 @@ def test_time_limit_stops_the_work(settings: Settings, sessions: Sessions, claim
         work(lease)
 
 
-def test_unreachable_database_loses_the_lease_in_time(
-    settings: Settings, sessions: Sessions, claimed: Claimed
-) -> None:
+def test_unreachable_database_loses_the_lease_in_time(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
     claim = claimed()
     brief = settings.model_copy(update={"lease_seconds": 0.2})
     with sessions() as session:

@@ -25,9 +25,7 @@ Sessions = sessionmaker[Session]
 class Result:
     """As much of a result as publishing needs."""
 
-    report: dict[str, Any] = field(
-        default_factory=lambda: {"loss": float("inf"), "warnings": ["few images", "b"]}
-    )
+    report: dict[str, Any] = field(default_factory=lambda: {"loss": float("inf"), "warnings": ["few images", "b"]})
 
     def save(self, path: Path) -> None:
         path.write_bytes(b"checkpoint")

@@ -22,21 +22,14 @@ def run(
 ) -> tuple[sandbox.Outcome, list[str]]:
     """Run a program that confines itself first; it is stopped when it has said ``stop_when``."""
     lines: list[str] = []
-    prelude = (
-        "import os, sys, time\nfrom worker.sandbox import Limits, confine\n"
-        f"confine({limits!r}, os.getppid())\n"
-    )
+    prelude = f"import os, sys, time\nfrom worker.sandbox import Limits, confine\nconfine({limits!r}, os.getppid())\n"
     argv = [sys.executable, "-c", prelude + textwrap.dedent(program)]
-    outcome = sandbox.run(
-        argv, folder, limits, lines.append, lambda: stop_when is not None and stop_when in lines
-    )
+    outcome = sandbox.run(argv, folder, limits, lines.append, lambda: stop_when is not None and stop_when in lines)
     return outcome, lines
 
 
 def test_lines_and_errors_come_back(tmp_path: Path) -> None:
-    outcome, lines = run(
-        "print('one'); print('two'); sys.stderr.write('x' * 99999 + 'end'); sys.exit(3)", tmp_path
-    )
+    outcome, lines = run("print('one'); print('two'); sys.stderr.write('x' * 99999 + 'end'); sys.exit(3)", tmp_path)
     assert (outcome.returncode, outcome.timed_out, outcome.stopped, lines) == (
         3,
         False,

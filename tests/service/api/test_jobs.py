@@ -118,9 +118,7 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
         ),
     ],
 )
-def test_bad_form(
-    web: Client, settings: Settings, content_type: str, body: bytes, status: int, words: str
-) -> None:
+def test_bad_form(web: Client, settings: Settings, content_type: str, body: bytes, status: int, words: str) -> None:
     answer = web.post("/jobs", content=body, headers={"content-type": content_type})
     assert answer.status_code == status
     assert words in answer.json()["detail"]
@@ -172,9 +170,7 @@ def test_list_pages_by_following_next(submit: Submit, web: Client) -> None:
     assert web.get("/jobs?state=asleep").json()["code"] == "request_invalid"
 
 
-def test_cancel_and_delete(
-    submit: Submit, web: Client, settings: Settings, sessions: sessionmaker[Session]
-) -> None:
+def test_cancel_and_delete(submit: Submit, web: Client, settings: Settings, sessions: sessionmaker[Session]) -> None:
     queued, running = submit().headers["location"], submit().headers["location"]
     with sessions.begin() as session:
         JobRepository(session).claim(running.rpartition("/")[2], "me", timedelta(minutes=1))

@@ -21,18 +21,14 @@ ETAG = f'"{hashlib.sha256(BODY).hexdigest()}"'
 
 
 @pytest.fixture
-def finished(
-    sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
-) -> str:
+def finished(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path) -> str:
     """The address of a job that succeeded."""
     job_id, records = add_job(), []
     for name, data in {"checkpoint": BODY, "report": b'{"seed": 0}'}.items():
         (tmp_path / name).write_bytes(data)
         stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
         records.append(
-            ArtifactRecord(
-                job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
-            )
+            ArtifactRecord(job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256)
         )
     with sessions.begin() as session:
         claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))

@@ -49,17 +49,13 @@ def test_unannounced_job_is_announced_once(
     reaper.round()
     assert queue.depth() == 0  # its submitter may be about to announce it
     with sessions.begin() as session:
-        JobRepository(session).get(job_id).created_at = now() - timedelta(
-            seconds=settings.renudge_seconds + 1
-        )
+        JobRepository(session).get(job_id).created_at = now() - timedelta(seconds=settings.renudge_seconds + 1)
     reaper.round()
     reaper.round()
     assert queue.depth() == 1
 
 
-def test_files_without_a_job_are_swept_when_old(
-    reaper: Reaper, settings: Settings, add_job: Callable[[], str]
-) -> None:
+def test_files_without_a_job_are_swept_when_old(reaper: Reaper, settings: Settings, add_job: Callable[[], str]) -> None:
     folder = settings.data_dir / "artifacts/jobs"
     known = add_job()
     old = time.time() - ORPHAN_SECONDS - 60
