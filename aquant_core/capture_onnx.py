@@ -96,6 +96,11 @@ def _shape_of_input(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
     return tuple(dim.dim_value or None for dim in dims[1:])
 
 
+def _fixed_batch(model: onnx.ModelProto) -> int:
+    """The batch size that the network was exported for; 0 where it is free."""
+    return int(_only_input(model).type.tensor_type.shape.dim[0].dim_value)
+
+
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
     """The captured graph must give what ONNX itself gives, before anything is quantized."""
     import onnxruntime
@@ -107,8 +112,8 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     source = _only_input(model)
-    batch = source.type.tensor_type.shape.dim[0].dim_value or example.shape[0]
-    images = example[:batch]
+    batch = _fixed_batch(model) or len(example)
+    images = example.repeat(-(-batch // len(example)), 1, 1, 1)[:batch]
     try:
         session = onnxruntime.InferenceSession(
             runnable.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -340,7 +345,7 @@ class _Conversion:
         source = self.names[node.input[0]]
         example = self.builder.values[source]
         sizes = [example.shape[axis] if size == 0 else int(size) for axis, size in enumerate(shape)]
-        if sizes[0] == 1:  # exported with a fixed batch of one
+        if sizes[0] == _fixed_batch(self.model):
             sizes[0] = example.shape[0]
         return [self.builder.add_reshape(where, source, sizes)]
 

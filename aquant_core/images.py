@@ -30,8 +30,8 @@ _REMEDY = (
 Kind = Literal["calibration", "evaluation"]
 
 _UNREADABLE = (
-    OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, tokenize.TokenError,
-    SyntaxError, zlib.error, zipfile.BadZipFile, SafetensorError,
+    OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, SyntaxError,
+    tokenize.TokenError, zlib.error, zipfile.BadZipFile, SafetensorError,
 )  # fmt: skip
 """What numpy, zipfile and safetensors raise on damaged files."""
 

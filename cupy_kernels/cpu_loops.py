@@ -25,8 +25,8 @@ from cupy_kernels.specification import (
     SIGMOID_P2,
     SIGMOID_Q1,
     SIGMOID_Q2,
-    Bound,
     BorderSpecification,
+    Bound,
     Window,
 )
 
@@ -257,7 +257,7 @@ def _quantize(t, b, scale, zero_point, levels, rounding, out):
 
 
 @_loop(parallel=True, cache=True)
-def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):  # noqa: E501
+def _forward(x, scale, zero_point, levels, border, alpha, bordered, fused, bound, rounding, pads, geometry, size, out):
     images, channels, height, width = x.shape
     positions = out.shape[2]
     for plane in prange(images * channels):
@@ -352,7 +352,7 @@ def _backward(
     grad_x,
     sums_of_scale,
     sums_of_border,
-):  # noqa: E501
+):
     images, channels, height, width = x.shape
     positions = grad.shape[2]
     inverse_positions = _ONE / np.float32(positions)

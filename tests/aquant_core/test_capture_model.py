@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from aquant_core.architectures import build
 from aquant_core.capture_model import capture
 from aquant_core.errors import (
-    CaptureMismatchError, ImageSetError, ModelFormatError, NonFiniteError, UnknownArchitectureError,
+    CaptureMismatchError,
+    ImageSetError,
+    ModelFormatError,
+    NonFiniteError,
+    UnknownArchitectureError,
     WeightsMismatchError,
 )  # fmt: skip
 
@@ -119,7 +123,7 @@ def test_images_of_another_size_than_declared_are_refused(tmp_path: Path, exampl
 
 def test_a_state_dict_needs_its_architecture(tmp_path: Path, state: dict[str, Tensor]) -> None:
     save_file(state, tmp_path / "a")
-    with pytest.raises(ModelFormatError, match='weights without a network.*"architecture"'):
+    with pytest.raises(ModelFormatError, match=r'weights without a network.*"architecture"'):
         capture(tmp_path / "a")
     with pytest.raises(UnknownArchitectureError, match="'squeezenet'"):
         capture(tmp_path / "a", "squeezenet")

@@ -126,7 +126,7 @@ def test_layer_overrides() -> None:
         QuantizationConfig.model_validate(W2A2 | {"layers": {"conv1": {"weight_bits": 9}}})
     with pytest.raises(ValidationError, match=r"layers\.conv1\.bits\n.*not permitted"):
         QuantizationConfig.model_validate(W2A2 | {"layers": {"conv1": {"bits": 4}}})
-    with pytest.raises(ValidationError, match="layers\n.*at most 4096"):
+    with pytest.raises(ValidationError, match=r"layers\n.*at most 4096"):
         QuantizationConfig.model_validate(W2A2 | {"layers": {f"layer{i}": {} for i in range(4097)}})
 
 

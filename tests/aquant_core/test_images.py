@@ -259,7 +259,7 @@ def test_an_unknown_layer_is_named_with_the_known_ones() -> None:
 
 def test_labels_beyond_the_classes_are_refused() -> None:
     evaluation = image_set(6, 1, torch.arange(6))
-    with pytest.raises(ImageSetError, match="labels go up to 5, the network has 5 classes.*from 0 to 4"):
+    with pytest.raises(ImageSetError, match=r"labels go up to 5, the network has 5 classes.*from 0 to 4"):
         check_images(network(), image_set(16), W2A2, evaluation)
 
 
