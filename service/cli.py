@@ -41,7 +41,8 @@ def up(
 
     given = {"port": port, "data_dir": data_dir}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    signal.signal(signal.SIGTERM, _interrupt)
+    for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
+        signal.signal(end, _interrupt)
     try:
         with local_stack(
             settings, lambda part: typer.echo(f"{part.name:<7} {part.address}  (log: {part.log})")

@@ -29,7 +29,10 @@ def test_up_prints_its_address_and_stops(tmp_path: Path, how: signal.Signals) ->
         family = psutil.Process(up.pid).children(recursive=True)
         assert len(family) >= 3
         up.send_signal(how)
-        rest = up.stdout.read()
+        try:
+            rest, _ = up.communicate(timeout=60)
+        finally:
+            up.kill()  # or a test that failed would wait for it without end
     assert (up.returncode, rest.strip()) == (0, "stopped")
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
