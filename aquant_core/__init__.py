@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aquant_core.images import ImageSet, check_images, read_images
     from aquant_core.pipeline import QuantizationResult, quantize
     from aquant_core.progress import Progress
+    from aquant_core.resources import Resources
 
 _MODULE_OF_NAME = {
     "CapturedModel": "graph",
@@ -23,6 +24,7 @@ _MODULE_OF_NAME = {
     "Progress": "progress",
     "QuantizationConfig": "config",
     "QuantizationResult": "pipeline",
+    "Resources": "resources",
     "capture": "capture_model",  # a module named capture would hide the function
     "check_images": "images",
     "load": "checkpoint",
@@ -36,6 +38,7 @@ __all__ = [
     "Progress",
     "QuantizationConfig",
     "QuantizationResult",
+    "Resources",
     "capture",
     "check_images",
     "load",

@@ -72,3 +72,9 @@ class CheckpointError(AQuantError):
     """A quantized checkpoint is damaged, incomplete or of an unknown format version."""
 
     code = "checkpoint_invalid"
+
+
+class ResumeError(AQuantError):
+    """The folder to resume from holds the blocks of another run."""
+
+    code = "resume_mismatch"

@@ -19,10 +19,16 @@ def evaluation_batch_size(images: Tensor) -> int:
 
 
 @torch.inference_mode()
-def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """(N, classes) outputs of all images, batch by batch."""
+def logits_of(model: Callable[[Tensor], Tensor], images: Tensor, device: torch.device | None = None) -> Tensor:
+    """(N, classes) outputs of all images, on the CPU.
+
+    Args:
+        model: from images to outputs.
+        images: (N, C, H, W); run batch by batch.
+        device: where the model is, if not on the images' device.
+    """
     batches = torch.split(images, evaluation_batch_size(images))
-    return torch.cat([model(batch) for batch in batches]).flatten(1)
+    return torch.cat([model(batch.to(device or batch.device)).cpu() for batch in batches]).flatten(1)
 
 
 def logits_digest(logits: Tensor) -> str:

@@ -179,7 +179,7 @@ class CapturedModel:
 
     Attributes:
         nodes: in an order in which each node's inputs come before it; the last node is the output.
-        weights: ``{node name: {"weight": tensor, ...}}``, on the CPU, float32.
+        weights: ``{node name: {"weight": tensor, ...}}``, float32.
         input_shape: (C, H, W) of one image; None where the network takes any size.
     """
 
@@ -211,6 +211,11 @@ class CapturedModel:
     def run_node(self, node: Node, values: list[Tensor]) -> Tensor:
         """One node's value from its inputs' values."""
         return OPERATORS[node.op](node.attributes, self.weights.get(node.name, {}), *values)
+
+    def to(self, device: torch.device) -> CapturedModel:
+        """The same network with its weights on ``device``."""
+        weights = {name: {kind: t.to(device) for kind, t in kinds.items()} for name, kinds in self.weights.items()}
+        return CapturedModel(self.nodes, weights, self.input_shape)
 
     def document(self) -> dict[str, Any]:
         """The graph without its weights, as JSON values."""

@@ -12,21 +12,28 @@ from torch import Tensor, nn
 from aquant_core.border import Border
 from aquant_core.config import BorderConfig
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
+from cupy_kernels.convolution import border_convolution
 from cupy_kernels.ops import border_columns
 from cupy_kernels.specification import BorderSpecification, Window
 
 
 @dataclass(frozen=True)
 class Dropping:
-    """QDrop's dropping of quantization: each element keeps its float value with ``probability``."""
+    """QDrop's dropping of quantization: each element keeps its float value with ``probability``, in 256ths."""
 
     probability: float
     generator: torch.Generator
 
     def __call__(self, quantized: Tensor, float_values: Tensor) -> Tensor:
         """Mixes two tensors of one shape."""
-        drawn = torch.rand(quantized.shape, generator=self.generator, device=quantized.device)
-        return torch.where(drawn < self.probability, float_values, quantized)
+        if self.probability >= 1:
+            return float_values
+        count = quantized.numel()
+        # One random byte an element, eight from each draw: a float each would cost as much as a small convolution.
+        words = torch.empty((count + 7) // 8, dtype=torch.int64, device=quantized.device)
+        drawn = words.random_(-(2**63), None, generator=self.generator).view(torch.uint8)[:count]
+        kept = (drawn < round(256 * self.probability)).view(quantized.shape)
+        return torch.where(kept, float_values, quantized)
 
 
 class QuantizedLayer(nn.Module):
@@ -37,7 +44,8 @@ class QuantizedLayer(nn.Module):
         activation_scale: s, learned; None for a float input.
         zero_point: z of the input.
         border: the border, or None for B = 1/2.
-        rounding: alpha of the rounding schedule (appendix Eq. 2), 1 outside reconstruction.
+        rounding: alpha of the rounding schedule (appendix Eq. 2), 1 outside reconstruction. While it is 0 it must be
+            the number, since a tensor's value is not looked at.
         dropping: how quantized inputs are replaced by float ones while a block is reconstructed, or None.
     """
 
@@ -67,19 +75,19 @@ class QuantizedLayer(nn.Module):
         self.zero_point = 0
         self.border: Border | None = None
         self.border_config = BorderConfig()
-        self.rounding = 1.0
+        self.rounding: float | Tensor = 1.0
         self.dropping: Dropping | None = None
 
     def quantize_activation(self, grid: UniformGrid, bits: int) -> None:
         """From now on the input is quantized, rounded to nearest."""
-        self.activation_scale = nn.Parameter(grid.scale.clone())
+        self.activation_scale = nn.Parameter(grid.scale.to(self.float_weight.device, copy=True))
         self.zero_point = int(grid.zero_point)
         self.activation_bits = bits
 
     def add_border(self, config: BorderConfig) -> None:
         """Gives a quantized input an adaptive border, at first B = 1/2."""
         self.border_config = config
-        self.border = Border(config, self.in_channels, self.window.positions)
+        self.border = Border(config, self.in_channels, self.window.positions).to(self.float_weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.float_weight if self.weight is None else self.weight()
@@ -100,7 +108,12 @@ class QuantizedLayer(nn.Module):
     @property
     def _border_by_position(self) -> bool:
         """Whether a pixel's code depends on where in the window it stands."""
-        return self.border is not None and self.border.coefficients.shape[2] > 1 and self.rounding > 0
+        return self.border is not None and self.border.coefficients.shape[2] > 1 and self._rounds
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the rounding schedule has left 0."""
+        return isinstance(self.rounding, Tensor) or self.rounding > 0
 
     def _specification(self, fused: bool) -> BorderSpecification:
         config = self.border_config
@@ -118,7 +131,7 @@ class QuantizedLayer(nn.Module):
             return x
         features = x.shape[1] if self.op == "conv2d" else x.shape[-1]
         border = None
-        if self.border is not None and self.rounding > 0:
+        if self.border is not None and self._rounds:
             border = self.border.coefficients
         maps = x if self.op == "conv2d" else x.reshape(-1, features, 1, 1)
         spec = self._specification(fused=False)
@@ -126,32 +139,22 @@ class QuantizedLayer(nn.Module):
         return quantized if self.dropping is None else self.dropping(quantized, x)
 
     def _convolve_columns(self, x: Tensor, weight: Tensor) -> Tensor:
-        """im2col with the border, then one matrix product a group."""
+        """The border by position of the window, and the product with the weight."""
         assert self.border is not None
         assert self.activation_scale is not None
         spec = self._specification(self.border_config.fusion == "channel_mean")
-        columns = border_columns(
+        return border_convolution(
             x,
             self.activation_scale,
             self.border.coefficients,
             self.border.alpha,
+            weight,
+            self.bias,
             self.window,
+            self.groups,
             spec,
             self.rounding,
-        )  # (N, C K, L)
-        images, windows = columns.shape[0], columns.shape[2]
-        out_channels = weight.shape[0]
-        matrix = weight.reshape(self.groups, out_channels // self.groups, -1)  # (G, O/G, C K/G)
-        if self.groups == 1:
-            # bmm over images: matmul would fold them into one product, and copy the columns for it.
-            product = torch.bmm(matrix.expand(images, -1, -1), columns)  # (N, O, L)
-        elif self.groups == self.in_channels == out_channels:  # depthwise: a weighted sum of the K positions
-            product = (columns.reshape(images, out_channels, -1, windows) * matrix[:, 0, :, None]).sum(2)
-        else:
-            product = torch.matmul(matrix, columns.reshape(images, self.groups, -1, windows))  # (N, G, O/G, L)
-        rows, width = self.window.output_size(x.shape[2], x.shape[3])
-        product = product.reshape(images, out_channels, rows, width)
-        return product if self.bias is None else product + self.bias.reshape(1, -1, 1, 1)
+        )
 
     @torch.no_grad()
     def project(self) -> None:

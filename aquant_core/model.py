@@ -104,5 +104,6 @@ def quantize_to_nearest(graph: CapturedModel, images: Tensor, config: Quantizati
                 layer.quantize_activation(search_activation_grid(values[0], activation_bits), activation_bits)
         return graph.run_node(node, values)
 
-    evaluate_nodes(graph.nodes, {INPUT: images[:CALIBRATED_ON]}, run)
+    device = next(iter(model.layers.values())).float_weight.device
+    evaluate_nodes(graph.nodes, {INPUT: images[:CALIBRATED_ON].to(device)}, run)
     return model

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from aquant_core import checkpoint
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
+from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
-from aquant_core.graph import INPUT, CapturedModel, Node, evaluate_nodes
+from aquant_core.forecast import forecast
+from aquant_core.graph import CapturedModel
 from aquant_core.images import ImageSet, check_images
 from aquant_core.methods import METHODS, PRESETS, Preset
-from aquant_core.model import QuantizedModel, quantize_to_nearest, run_float_block
-from aquant_core.partition import Block, partition
+from aquant_core.model import QuantizedModel, quantize_to_nearest
+from aquant_core.partition import partition
 from aquant_core.progress import OnProgress, Progress
-from aquant_core.reconstruction import (
-    BlockCache,
-    BlockHistory,
-    Schedule,
-    reconstruct_block,
-    reconstruction_loss,
-)
+from aquant_core.reconstruction import Schedule
+from aquant_core.resources import Resources
+from aquant_core.sequence import reconstruct_blocks
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -63,6 +58,8 @@ def quantize(
     evaluation: ImageSet | None = None,
     on_progress: OnProgress | None = None,
     preset: Preset | None = None,
+    resources: Resources | None = None,
+    resume_from: str | Path | None = None,
 ) -> QuantizationResult:
     """Quantizes a network with the configured method.
 
@@ -74,6 +71,9 @@ def quantize(
             held back.
         on_progress: told what is under way; an exception it raises ends the run and reaches the caller.
         preset: iterations and learning rates in place of ``config.preset``'s.
+        resources: device and memory budgets; by default a CPU and most of its free memory.
+        resume_from: a folder in which finished blocks are kept. Blocks that an earlier run of the same kind left
+            there are not learned again; the result has the same bytes as an undisturbed run's.
 
     Raises:
         AQuantError: one of its subclasses, before any reconstruction.
@@ -85,7 +85,8 @@ def quantize(
         calibration = ImageSet(calibration)
     captured = capture(model, config.architecture, calibration.images[:2])
     warnings = check_images(captured, calibration, config, evaluation)
-    graph = fold_batch_norm(captured)
+    resources = resources or Resources()
+    graph = fold_batch_norm(captured).to(resources.device)
     blocks = partition(graph)
     digests = {"model": captured.digest(), "calibration": calibration.digest()}
     if evaluation is None:
@@ -93,20 +94,32 @@ def quantize(
         warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
     digests["evaluation"] = evaluation.digest()
 
-    tell(Progress("nearest", blocks=len(_learned(blocks))))
-    quantized = quantize_to_nearest(graph, calibration.images, config)
-    float_logits = logits_of(graph, evaluation.images)
-    nearest_logits = logits_of(quantized, evaluation.images)
     preset = preset or PRESETS[config.preset]
     if config.iterations is not None:
         preset = replace(preset, iterations=config.iterations)
-    run = _Reconstruction(graph, quantized, blocks, config, preset, tell)
-    if METHODS[config.method].reconstruct:
-        run.run(calibration.images)
+    schedule = Schedule(METHODS[config.method], preset, config.border)
+    count = sum(bool(block.layers) for block in blocks)
+    expected = None
+    if schedule.method.reconstruct:
+        forecasting = partial(tell, Progress("forecast", blocks=count))
+        expected = forecast(graph, blocks, calibration.images, config, schedule, resources, forecasting)
+    expected_document = None if expected is None else expected.document()
+    tell(Progress("nearest", blocks=count, forecast=expected_document))
+    quantized = quantize_to_nearest(graph, calibration.images, config)
+    float_logits = logits_of(graph, evaluation.images, resources.device)
+    nearest_logits = logits_of(quantized, evaluation.images, resources.device)
+    history: list[dict[str, Any]] = []
+    if expected is not None:
+        finished = None
+        if resume_from is not None:
+            finished = FinishedBlocks(Path(resume_from), _identity(digests, config, preset))
+        history = reconstruct_blocks(
+            graph, quantized, blocks, calibration.images, schedule, config.seed, expected, resources, tell, finished
+        )
     quantized.requires_grad_(False).eval()
 
-    tell(Progress("evaluate", blocks=len(_learned(blocks))))
-    logits = logits_of(quantized, evaluation.images)
+    tell(Progress("evaluate", blocks=count))
+    logits = logits_of(quantized, evaluation.images, resources.device)
     digests["logits"] = logits_digest(logits)
     named = {"float": float_logits, "nearest": nearest_logits, "quantized": logits}
     report = {
@@ -115,7 +128,9 @@ def quantize(
         else {name: accuracy(values, evaluation.labels) for name, values in named.items()},
         "fidelity": {name: fidelity(values, float_logits) for name, values in named.items() if name != "float"},
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
-        "blocks": run.history,
+        "blocks": history,
+        "forecast": expected_document,
+        "device": str(resources.device),
         "layers": [_describe_layer(quantized, name) for name in quantized.layers],
         "size": _size(captured, quantized),
         "method": config.method,
@@ -131,8 +146,10 @@ def quantize(
     return QuantizationResult(quantized, report)
 
 
-def _learned(blocks: list[Block]) -> list[Block]:
-    return [block for block in blocks if block.layers]
+def _identity(digests: dict[str, str], config: QuantizationConfig, preset: Preset) -> dict[str, Any]:
+    """What decides how the blocks come out."""
+    kept = {name: digests[name] for name in ("model", "calibration")}
+    return {"digests": kept, "config": config.model_dump(mode="json"), "preset": vars(preset)}
 
 
 def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -143,105 +160,6 @@ def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
         ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
         ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
     )
-
-
-class _Reconstruction:
-    """Goes through the blocks in order, handing inputs on from each to the next."""
-
-    def __init__(
-        self,
-        graph: CapturedModel,
-        model: QuantizedModel,
-        blocks: list[Block],
-        config: QuantizationConfig,
-        preset: Preset,
-        tell: OnProgress,
-    ) -> None:
-        self.graph, self.model, self.blocks, self.seed, self.tell = graph, model, blocks, config.seed, tell
-        self.schedule = Schedule(METHODS[config.method], preset, config.border)
-        self.history: list[dict[str, Any]] = []
-
-    def run(self, images: Tensor) -> None:
-        """Learns every block from (N, C, H, W) calibration images."""
-        costs = _costs(self.graph, self.blocks, images[:1])
-        total, spent, started = sum(costs.values()), 0.0, time.monotonic()
-        learned = _learned(self.blocks)
-        cache = BlockCache(images, images, images)
-        self.batch_size = evaluation_batch_size(images)
-        for block in self.blocks:
-            cache.target = self._through(partial(run_float_block, self.graph, block), cache.clean)
-            if block.layers:
-                number, cost, begun = learned.index(block) + 1, costs[block.name], spent
-                block_started = time.monotonic()
-                before = self._error(block, cache)
-
-                def on_iteration(
-                    step: int, loss: float, number: int = number, cost: float = cost, begun: float = begun
-                ) -> None:
-                    iterations = self.schedule.preset.iterations
-                    done = begun + cost * (step + 1) / iterations
-                    eta = (time.monotonic() - started) * (total - done) / done
-                    self.tell(Progress("reconstruct", number, len(learned), step + 1, iterations, loss, round(eta, 1)))
-
-                generator = torch.Generator(device=images.device).manual_seed(_seed_of_block(self.seed, block.name))
-                curve = reconstruct_block(self.model, block, cache, self.schedule, generator, on_iteration)
-                spent += cost
-            output = self._through(partial(self.model.run_block, block), cache.noised)
-            if block.layers:
-                after = float(reconstruction_loss(output, cache.target))
-                self._record(block, before, after, curve, time.monotonic() - block_started)
-            cache.noised, cache.clean = output, cache.target
-
-    @torch.no_grad()
-    def _through(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """``function`` over all images, batch by batch."""
-        return torch.cat([function(batch) for batch in torch.split(images, self.batch_size)])
-
-    def _error(self, block: Block, cache: BlockCache) -> float:
-        output = self._through(partial(self.model.run_block, block), cache.noised)
-        return float(reconstruction_loss(output, cache.target))
-
-    def _record(self, block: Block, before: float, after: float, curve: BlockHistory, seconds: float) -> None:
-        self.history.append(
-            {
-                "name": block.name,
-                "layers": [node.name for node in block.layers],
-                "iterations": self.schedule.preset.iterations,
-                "error_before": before,
-                "error_after": after,
-                "loss": {"iterations": curve.iterations, "values": curve.losses},
-                "seconds": round(seconds, 3),
-            }
-        )
-
-
-def _seed_of_block(seed: int, name: str) -> int:
-    """A block's own seed, so that it does not depend on what other blocks drew."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-
-
-_COLUMN_COST = 16
-"""One im2col element costs about as much as this many multiply-adds (border, forward and backward)."""
-
-
-def _costs(graph: CapturedModel, blocks: list[Block], image: Tensor) -> dict[str, float]:
-    """Relative time of one iteration, by block."""
-    costs: dict[str, float] = {}
-
-    def run(node: Node, values: list[Tensor]) -> Tensor:
-        result = graph.run_node(node, values)
-        if node.name in layer_names:
-            weight = graph.weights[node.name]["weight"]
-            positions = weight[0, 0].numel() if weight.dim() == 4 else 1
-            outputs = result[0, 0].numel() if result.dim() == 4 else 1
-            columns = values[0].shape[1] * positions * outputs
-            costs[node.name] = weight.numel() * outputs + _COLUMN_COST * columns
-        return result
-
-    layer_names = {node.name for node in graph.layers}
-    with torch.inference_mode():
-        evaluate_nodes(graph.nodes, {INPUT: image}, run)
-    return {block.name: float(sum(costs[node.name] for node in block.layers)) for block in _learned(blocks)}
 
 
 def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Stage = Literal["intake", "capture", "nearest", "reconstruct", "evaluate", "save"]
+Stage = Literal["intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Progress:
         iterations: steps per block.
         loss: reconstruction loss of that step (Algorithm 1's MSE, without the regulariser).
         eta_seconds: estimated seconds until all blocks are done; None while unknown.
+        forecast: what the blocks will take (``Forecast.document``), told once when it is known.
     """
 
     stage: Stage
@@ -30,6 +31,7 @@ class Progress:
     iterations: int = 0
     loss: float | None = None
     eta_seconds: float | None = None
+    forecast: dict[str, Any] | None = None
 
 
 OnProgress = Callable[[Progress], None]

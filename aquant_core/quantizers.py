@@ -86,12 +86,12 @@ def search_activation_grid(values: Tensor, bits: int) -> UniformGrid:
         bits: 2 to 8.
 
     Returns:
-        A grid with scalar scale and zero_point.
+        A grid with scalar scale and zero_point, on the CPU.
     """
     levels = largest_code(bits)
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     extent = max(high - low, 1e-8)
-    counts = torch.histc(values.float(), HISTOGRAM_BINS, low, low + extent).double()
+    counts = torch.histc(values.float(), HISTOGRAM_BINS, low, low + extent).double().cpu()
     width = extent / HISTOGRAM_BINS
     centres = low + width * (torch.arange(HISTOGRAM_BINS, dtype=torch.float64) + 0.5)
     best = (math.inf, torch.tensor(extent / levels), torch.tensor(0.0))
@@ -158,7 +158,7 @@ class WeightRounding(nn.Module):
             codes = torch.clamp(soft, 0, self.levels)
         return ((codes - self.zero_point) * self.scale).reshape(self.shape)
 
-    def regulariser(self, beta: float) -> Tensor:
+    def regulariser(self, beta: float | Tensor) -> Tensor:
         """sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4 without its lambda."""
         assert self.variable is not None
         return (1 - (2 * rectified_sigmoid(self.variable) - 1).abs().pow(beta)).sum()

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from aquant_core import schedules
+from aquant_core.caches import BlockCache
 from aquant_core.config import BorderConfig
 from aquant_core.layers import Dropping, QuantizedLayer
 from aquant_core.methods import MethodSettings, Preset
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
+from aquant_core.replay import LossReadings, Replay
 
 REPORT_EVERY = 10
 """Iterations between two readings of the loss."""
-
-
-@dataclass
-class BlockCache:
-    """What a block is learned from, image by image.
-
-    Attributes:
-        noised: the block's input from the quantized predecessors, X'.
-        clean: the same from the float network.
-        target: the float block's output.
-    """
-
-    noised: Tensor
-    clean: Tensor
-    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,77 +59,162 @@ def reconstruct_block(
         block: a block with at least one layer.
         cache: its inputs and targets.
         schedule: method, preset and border.
-        generator: source of every random draw, on the cache's device.
+        generator: source of every random draw, on the layers' device.
         on_iteration: called with the step and its loss every ``REPORT_EVERY`` steps; may raise to stop.
 
     Returns:
         The loss over the iterations.
     """
-    method, preset = schedule.method, schedule.preset
+    steps, history = schedule.preset.iterations, BlockHistory()
     layers = model.layers_of(block)
-    images, steps, history = len(cache.noised), preset.iterations, BlockHistory()
-    if all(layer.weight is None and layer.activation_scale is None for layer in layers):
-        return history  # a float block
-    optimizer = _prepare(layers, schedule, generator)
-    drop_input = Dropping(method.drop_input, generator)
+    if not is_quantized(layers):
+        return history
+
+    def told(step: int, loss: float) -> None:
+        history.iterations.append(step)
+        history.losses.append(loss)
+        on_iteration(step, loss)
+
+    learner = BlockLearner(model, block, cache, schedule, generator)
+    readings = LossReadings(learner.loss, told)
     for step in range(steps):
-        chosen = torch.randperm(images, generator=generator, device=cache.noised.device)[: preset.batch_size]
-        x = cache.noised[chosen]
-        if method.drop_input:
-            x = drop_input(x, cache.clean[chosen])
-        for layer in layers:
-            layer.rounding = schedules.rounding_schedule(step, steps) if method.rounding_schedule else 1.0
-        for group in optimizer.param_groups:
-            if group["name"] == "scale":
-                group["lr"] = preset.scale_rate * schedules.cosine(step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss = reconstruction_loss(model.run_block(block, x), cache.target[chosen])
-        (loss + _regulariser(layers, method, step, steps)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        for layer in layers:
-            layer.project()
+        learner.step(step)
         if step % REPORT_EVERY == 0 or step == steps - 1:
-            value = loss.item()
-            history.iterations.append(step)
-            history.losses.append(value)
-            on_iteration(step, value)
+            readings.take(step)
+    readings.finish()
     for layer in layers:
         layer.finish()
     return history
 
 
-def _prepare(layers: list[QuantizedLayer], schedule: Schedule, generator: torch.Generator) -> torch.optim.Optimizer:
-    """Makes the layers learnable; one Adam with a group for each kind of parameter."""
-    border: list[Tensor] = []
-    scale: list[Tensor] = []
-    rounding: list[Tensor] = []
-    for layer in layers:
-        if layer.weight is not None:
-            layer.weight.learn()
-            assert layer.weight.variable is not None
-            rounding.append(layer.weight.variable)
-        if layer.activation_scale is not None:
-            scale.append(layer.activation_scale)
-            if schedule.method.border:
-                layer.add_border(schedule.border)
-                assert layer.border is not None
-                layer.border.to(layer.float_weight.device)
-                border.extend(layer.border.tensors())
-            if schedule.method.drop_inside:
-                layer.dropping = Dropping(schedule.method.drop_inside, generator)
-    preset = schedule.preset
-    groups = [
-        {"name": "border", "params": border, "lr": preset.border_rate},
-        {"name": "scale", "params": scale, "lr": preset.scale_rate},
-        {"name": "rounding", "params": rounding, "lr": preset.rounding_rate},
-    ]
-    return torch.optim.Adam([group for group in groups if group["params"]])
+def is_quantized(layers: list[QuantizedLayer]) -> bool:
+    """Whether any of them has something to learn."""
+    return any(layer.weight is not None or layer.activation_scale is not None for layer in layers)
 
 
-def _regulariser(layers: list[QuantizedLayer], method: MethodSettings, step: int, steps: int) -> Tensor | float:
-    """lambda sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4."""
-    if not schedules.regulariser_acts(step, steps):
-        return 0.0
-    beta = schedules.regulariser_beta(step, steps, method.first_beta, method.last_beta)
-    terms = [layer.weight.regulariser(beta) for layer in layers if layer.weight is not None]
-    return method.regulariser_weight * torch.stack(terms).sum() if terms else 0.0
+class BlockLearner:
+    """The learnable state of one block, and one iteration of it.
+
+    An iteration reads what changes with the step (batch, rounding schedule, rates) from tensors of fixed address and
+    never waits for the device, so that on a GPU it is captured once a phase as a CUDA graph and replayed.
+
+    Attributes:
+        loss: reconstruction loss of the latest step, a scalar on the device.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedModel,
+        block: Block,
+        cache: BlockCache,
+        schedule: Schedule,
+        generator: torch.Generator,
+    ) -> None:
+        self._model, self._block, self._cache, self._schedule = model, block, cache, schedule
+        self._layers = model.layers_of(block)
+        device = self._layers[0].float_weight.device
+        preset, images = schedule.preset, len(cache.noised)
+        size = min(preset.batch_size, images)
+        self._noised, self._clean = (torch.empty(size, *cache.noised.image_shape, device=device) for _ in range(2))
+        self._target = torch.empty(size, *cache.target.image_shape, device=device)
+        # (iterations, batch) image numbers, drawn ahead and on the CPU: the same wherever the images lie.
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        order = torch.Generator().manual_seed(seed)
+        self._chosen = torch.empty(preset.iterations, size, dtype=torch.int64)
+        for row in self._chosen:
+            row.copy_(torch.randperm(images, generator=order)[:size])
+        self._drop_input = Dropping(schedule.method.drop_input, generator) if schedule.method.drop_input else None
+        timetable = [_row(step, preset, schedule.method) for step in range(preset.iterations)]
+        self._timetable = torch.tensor(timetable, device=device)  # (iterations, 3)
+        self._now = torch.zeros(3, device=device)  # rounding, scale's rate, beta
+        self.loss = torch.zeros((), device=device)
+        self._optimizer = self._prepare(generator)
+        self._replay = Replay(self._iterate, self._optimizer, generator) if device.type == "cuda" else None
+        if self._replay is not None:
+            self._chosen = self._chosen.to(device)
+
+    def step(self, step: int) -> None:
+        """Does iteration ``step`` of ``preset.iterations``."""
+        method, steps = self._schedule.method, self._schedule.preset.iterations
+        chosen = self._chosen[step]
+        self._cache.noised.gather(chosen, self._noised)
+        if self._drop_input:
+            self._cache.clean.gather(chosen, self._clean)
+        self._cache.target.gather(chosen, self._target)
+        self._now.copy_(self._timetable[step])
+        warming_up = method.rounding_schedule and schedules.rounding_schedule(step, steps) == 0
+        regularised = schedules.regulariser_acts(step, steps)
+        for layer in self._layers:
+            layer.rounding = 0.0 if warming_up else self._now[0] if method.rounding_schedule else 1.0
+        if self._replay is None:
+            self._iterate(regularised)
+        else:
+            self._replay.run(regularised, (warming_up, regularised))
+
+    def _iterate(self, regularised: bool) -> None:
+        """One step of Algorithm 1 on the batch in place."""
+        with _tensor_cores():
+            x = self._noised if self._drop_input is None else self._drop_input(self._noised, self._clean)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = reconstruction_loss(self._model.run_block(self._block, x), self._target)
+            total = loss + self._regulariser() if regularised else loss
+            total.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+        for layer in self._layers:
+            layer.project()
+        self.loss.copy_(loss.detach())
+
+    def _prepare(self, generator: torch.Generator) -> torch.optim.Optimizer:
+        """Makes the layers learnable; one Adam with a group for each kind of parameter."""
+        border: list[Tensor] = []
+        scale: list[Tensor] = []
+        rounding: list[Tensor] = []
+        method, preset = self._schedule.method, self._schedule.preset
+        for layer in self._layers:
+            if layer.weight is not None:
+                layer.weight.learn()
+                assert layer.weight.variable is not None
+                rounding.append(layer.weight.variable)
+            if layer.activation_scale is not None:
+                scale.append(layer.activation_scale)
+                if method.border:
+                    layer.add_border(self._schedule.border)
+                    assert layer.border is not None
+                    border.extend(layer.border.tensors())
+                if method.drop_inside:
+                    layer.dropping = Dropping(method.drop_inside, generator)
+        device = self._now.device
+        groups = [
+            {"params": border, "lr": torch.tensor(preset.border_rate, device=device)},
+            {"params": scale, "lr": self._now[1]},
+            {"params": rounding, "lr": torch.tensor(preset.rounding_rate, device=device)},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+
+    def _regulariser(self) -> Tensor | float:
+        """lambda sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4."""
+        terms = [layer.weight.regulariser(self._now[2]) for layer in self._layers if layer.weight is not None]
+        return self._schedule.method.regulariser_weight * torch.stack(terms).sum() if terms else 0.0
+
+
+def _row(step: int, preset: Preset, method: MethodSettings) -> tuple[float, float, float]:
+    """What an iteration reads of its step: rounding schedule, learning rate of the activation step, beta."""
+    steps = preset.iterations
+    return (
+        schedules.rounding_schedule(step, steps),
+        preset.scale_rate * schedules.cosine(step, steps),
+        schedules.regulariser_beta(step, steps, method.first_beta, method.last_beta),
+    )
+
+
+@contextlib.contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Matrix products of an iteration in TF32, where there are tensor cores; everything else stays fp32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = before

@@ -54,7 +54,7 @@ class _BorderColumns(torch.autograd.Function):
         alpha: Tensor | None,
         window: Window,
         spec: BorderSpecification,
-        rounding: float,
+        rounding: float | Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, border, alpha)
         ctx.static = (window, spec, rounding)
@@ -64,7 +64,7 @@ class _BorderColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gradients = implementation(grads[0]).backward(grads[0], *ctx.saved_tensors, *ctx.static)
-        return (*gradients, None, None, None)
+        return (*gradients[:4], None, None, None)
 
 
 def border_columns(
@@ -74,7 +74,7 @@ def border_columns(
     alpha: Tensor | None,
     window: Window,
     spec: BorderSpecification,
-    rounding: float = 1.0,
+    rounding: float | Tensor = 1.0,
 ) -> Tensor:
     """Quantized im2col columns of ``x``, differentiable in x, scale, border, alpha (``reference.forward``).
 
@@ -83,6 +83,25 @@ def border_columns(
 
     Raises:
         ValueError: a shape or dtype that the operator does not take, named.
+    """
+    check_border(x, scale, border, alpha, window, spec)
+    result = _BorderColumns.apply(x, scale, border, alpha, window, spec, rounding)  # type: ignore[no-untyped-call]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def check_border(
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    window: Window,
+    spec: BorderSpecification,
+) -> None:
+    """Whether the shapes and dtypes fit together.
+
+    Raises:
+        ValueError: they do not; the message names the one that is wrong.
     """
     channels, positions = x.shape[1] if x.dim() == 4 else -1, window.positions
     if x.dim() != 4 or not x.dtype.is_floating_point:
@@ -93,9 +112,6 @@ def border_columns(
         raise ValueError(f"border must be (2 or 3, {channels}, {positions}), not {tuple(border.shape)}")
     if alpha is not None and (border is None or not spec.fused or alpha.shape != (channels, positions)):
         raise ValueError(f"alpha must be ({channels}, {positions}), beside a fused border; got {tuple(alpha.shape)}")
-    result = _BorderColumns.apply(x, scale, border, alpha, window, spec, rounding)  # type: ignore[no-untyped-call]
-    assert isinstance(result, Tensor)
-    return result
 
 
 def border_codes(

@@ -12,6 +12,7 @@ in cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,16 @@ def bounded_shift_slope(v: Tensor, e: Tensor, spec: BorderSpecification) -> Tens
         h = e / SCALE_OF_BOUND
         return h.square_().neg_().add_(0.25).mul_(SCALE_OF_BOUND).mul_(e.abs() < 0.5)
     return (v.abs() <= 0.5).to(v.dtype)
+
+
+class Gradients(NamedTuple):
+    """What ``backward`` returns: gradients of ``forward``'s tensors, None where the tensor was None."""
+
+    x: Tensor
+    scale: Tensor
+    border: Tensor | None
+    alpha: Tensor | None
+    taps: Tensor | None
 
 
 class _Positions:
@@ -130,10 +141,6 @@ class _Positions:
             for position in range(self.window.positions):
                 yield self.shift(position)[1].add_(0.5)
 
-    def columns(self, like: Tensor) -> Tensor:
-        """An empty (N, C, K, H_out, W_out) tensor."""
-        return like.new_empty(*self.t.shape[:2], self.window.positions, *self.size)
-
 
 def codes(
     x: Tensor,
@@ -145,7 +152,7 @@ def codes(
 ) -> Tensor:
     """Integer codes q of all im2col slots, uint8 (N, C K, L); a padded slot's code is z, so exactly 0."""
     positions = _Positions(x, scale, border, window, spec)
-    out = positions.columns(x).to(torch.uint8)
+    out = x.new_empty(*x.shape[:2], window.positions, *positions.size, dtype=torch.uint8)
     for position, b in enumerate(positions.borders(alpha)):
         q = (positions.view(positions.t, position) - b).ceil_().clamp_(0, spec.levels)
         padding = positions.view(positions.inside, position) == 0
@@ -160,7 +167,8 @@ def forward(
     alpha: Tensor | None,
     window: Window,
     spec: BorderSpecification,
-    rounding: float,
+    rounding: float | Tensor,
+    taps: Tensor | None = None,
 ) -> Tensor:
     """Quantized columns x_hat = s (q~ - z), with appendix Eq. 2's rounding schedule.
 
@@ -171,26 +179,32 @@ def forward(
         alpha: (C, K) weights of Eq. 9, or None for 1.
         window: geometry of im2col.
         spec: bits, zero-point and the border's switches.
-        rounding: the schedule's alpha: 0 leaves t unrounded (clipped), 1 is quantization.
+        rounding: the schedule's alpha: 0 leaves t unrounded (clipped), 1 is quantization. A tensor where the
+            step is replayed (CUDA graphs).
+        taps: (C, K), the weight of a depthwise convolution: the columns' weighted sum is wanted, not they.
 
     Returns:
-        (N, C K, L) fp32; a padded slot is exactly 0.
+        (N, C K, L) fp32, a padded slot exactly 0; with ``taps`` (N, C, L).
     """
     positions = _Positions(x, scale, border, window, spec)
-    out = positions.columns(x)
+    rows = window.positions if taps is None else 1
+    out = x.new_zeros(*x.shape[:2], rows, *positions.size)
     for position, b in enumerate(positions.borders(alpha)):
         t = positions.view(positions.t, position)
-        q = _softened(t, b, rounding).clamp_(0, spec.levels)
-        if spec.zero_point:
-            q -= spec.zero_point
-        out[:, :, position] = q.mul_(scale).masked_fill_(positions.view(positions.inside, position) == 0, 0.0)
-    return out.reshape(x.shape[0], x.shape[1] * window.positions, -1)
+        x_hat = _softened(t, b, rounding).clamp_(0, spec.levels).sub_(spec.zero_point).mul_(scale)
+        x_hat.masked_fill_(positions.view(positions.inside, position) == 0, 0.0)
+        if taps is None:
+            out[:, :, position] = x_hat
+        else:
+            out[:, :, 0] += x_hat.mul_(taps[:, position, None, None])
+    return out.reshape(x.shape[0], x.shape[1] * rows, -1)
 
 
-def _softened(t: Tensor, b: Tensor | float, rounding: float) -> Tensor:
+def _softened(t: Tensor, b: Tensor | float, rounding: float | Tensor) -> Tensor:
     """t + a (ceil(t - B) - t), appendix Eq. 2 before its clip."""
     rounded = (t - b).ceil_()
-    return rounded if rounding == 1.0 else rounded.sub_(t).mul_(rounding).add_(t)
+    finished = isinstance(rounding, float) and rounding == 1.0  # of a tensor this would have to be waited for
+    return rounded if finished else rounded.sub_(t).mul_(rounding).add_(t)
 
 
 def backward(
@@ -201,27 +215,39 @@ def backward(
     alpha: Tensor | None,
     window: Window,
     spec: BorderSpecification,
-    rounding: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``forward``: of x, s, the border's coefficients and alpha; B is recomputed, nothing kept.
+    rounding: float | Tensor,
+    taps: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Gradients:
+    """Gradients of ``forward``; B is recomputed, nothing kept.
 
     ceil is straight-through, so inside the clip d q~/d t = 1 with B held fixed, d q~/d B = -a (appendix C).
 
     Args:
-        grad: gradient of the columns, (N, C K, L); the other arguments are ``forward``'s.
+        grad: gradient of what ``forward`` returned; the other arguments are ``forward``'s.
+        columns: (N, C K, L), filled with x_hat, if given.
     """
     positions = _Positions(x, scale, border, window, spec)
-    grads = grad.reshape(*x.shape[:2], window.positions, *positions.size)
+    grads = grad.reshape(*x.shape[:2], -1, *positions.size)
+    written = None if columns is None else columns.view(*x.shape[:2], window.positions, *positions.size)
     grad_t = torch.zeros_like(positions.t)  # gradient of the padded map of t, summed over the windows
     grad_scale = torch.zeros((), dtype=torch.float64, device=x.device)
+    grad_taps = None if taps is None else torch.empty_like(taps)
     grad_b: list[Tensor] = []  # of B, per position, until the fused sum is known
     for position, b in enumerate(positions.borders(alpha)):
         t = positions.view(positions.t, position)
+        inside = positions.view(positions.inside, position)
         q = _softened(t, b, rounding)
-        g = grads[:, :, position] * positions.view(positions.inside, position)
-        passed = g * ((q >= 0) & (q <= spec.levels))
-        grad_scale += (q.clamp_(0, spec.levels).sub_(spec.zero_point).mul_(g)).sum(dtype=torch.float64)
-        passed *= scale
+        free = (q >= 0) & (q <= spec.levels)
+        q.clamp_(0, spec.levels).sub_(spec.zero_point)
+        g = grads[:, :, position if taps is None else 0] * inside
+        if taps is not None and grad_taps is not None:
+            grad_taps[:, position] = (q * g).sum((0, 2, 3)) * scale
+            g *= taps[:, position, None, None]
+        grad_scale += (q * g).sum(dtype=torch.float64)
+        if written is not None:
+            written[:, :, position] = q.mul_(scale).masked_fill_(inside == 0, 0.0)
+        passed = g.mul_(free).mul_(scale)
         positions.view(grad_t, position).add_(passed)
         if border is not None:
             grad_b.append(passed.mul_(-rounding))
@@ -253,7 +279,7 @@ def backward(
     inner = grad_t[:, :, vertical : vertical + x.shape[2], horizontal : horizontal + x.shape[3]]
     grad_x = inner / scale
     grad_scale -= (grad_x * x).sum(dtype=torch.float64) / scale
-    return grad_x, grad_scale.to(scale.dtype), grad_border, grad_alpha
+    return Gradients(grad_x, grad_scale.to(scale.dtype), grad_border, grad_alpha, grad_taps)
 
 
 def _slope_of_polynomial(u: Tensor, coefficients: Tensor) -> Tensor:

@@ -169,8 +169,8 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     told: list[Progress] = []
     run(told.append)
     stages = [progress.stage for progress in told]
-    assert list(dict.fromkeys(stages)) == ["capture", "nearest", "reconstruct", "evaluate"]
-    order = ["capture", "nearest", "reconstruct", "evaluate"]
+    assert list(dict.fromkeys(stages)) == ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
+    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
     assert stages == sorted(stages, key=order.index)
     steps = [progress for progress in told if progress.stage == "reconstruct"]
     positions = [(progress.block, progress.iteration) for progress in steps]
@@ -182,7 +182,7 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     assert steps[-1].eta_seconds == 0
 
 
-@pytest.mark.parametrize("stage", ["capture", "nearest", "reconstruct", "evaluate"])
+@pytest.mark.parametrize("stage", ["capture", "forecast", "nearest", "reconstruct", "evaluate"])
 def test_an_exception_in_on_progress_ends_the_run_and_propagates(stage: str) -> None:
     told: list[str] = []
     raised = CancelledError("enough")

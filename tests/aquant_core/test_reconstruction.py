@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from aquant_core.caches import BlockCache, Cache
 from aquant_core.capture_model import capture
 from aquant_core.config import BorderConfig, Method, QuantizationConfig
 from aquant_core.fold import fold_batch_norm
@@ -18,7 +19,6 @@ from aquant_core.model import QuantizedModel, quantize_to_nearest, run_float_blo
 from aquant_core.partition import Block, partition
 from aquant_core.reconstruction import (
     REPORT_EVERY,
-    BlockCache,
     BlockHistory,
     Schedule,
     reconstruct_block,
@@ -28,6 +28,9 @@ from aquant_core.reconstruction import (
 PRESET = Preset(60, 16, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
 SHORT = Preset(12, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
 LEARNED: list[Method] = ["qdrop_refactored", "aquant_no_border", "aquant"]
+
+
+CPU = torch.device("cpu")
 
 
 class TwoConvolutions(nn.Module):
@@ -55,7 +58,7 @@ def setting(**bits: Any) -> tuple[CapturedModel, QuantizedModel, Block, BlockCac
     with torch.no_grad():
         model = quantize_to_nearest(graph, images, config)
         target = run_float_block(graph, block, images)
-    return graph, model, block, BlockCache(images, images.clone(), target)
+    return graph, model, block, BlockCache(*(Cache.of(t, CPU) for t in (images, images.clone(), target)))
 
 
 def reconstruct(
@@ -63,17 +66,21 @@ def reconstruct(
 ) -> tuple[float, float, QuantizedModel, BlockHistory]:
     """Error before and after, the model, and its history."""
     _, model, block, cache = setting(**bits)
-    before = float(reconstruction_loss(output_of(model, block, cache), cache.target))
+    before = float(reconstruction_loss(output_of(model, block, cache), values(cache.target)))
     generator = torch.Generator().manual_seed(seed)
     schedule = Schedule(METHODS[method], preset, BorderConfig())
     history = reconstruct_block(model, block, cache, schedule, generator, on_iteration)
-    after = float(reconstruction_loss(output_of(model, block, cache), cache.target))
+    after = float(reconstruction_loss(output_of(model, block, cache), values(cache.target)))
     return before, after, model, history
 
 
 @torch.no_grad()
 def output_of(model: QuantizedModel, block: Block, cache: BlockCache) -> Tensor:
-    return model.run_block(block, cache.noised)
+    return model.run_block(block, values(cache.noised))
+
+
+def values(cache: Cache) -> Tensor:
+    return cache.read(0, len(cache))
 
 
 def test_loss_by_hand() -> None:
@@ -115,10 +122,11 @@ def test_weights_stay_within_one_step_of_the_float_ones() -> None:
 
 def test_the_cache_is_left_alone() -> None:
     _, model, block, cache = setting()
-    copies = [tensor.clone() for tensor in (cache.noised, cache.clean, cache.target)]
+    copies = [values(part).clone() for part in (cache.noised, cache.clean, cache.target)]
     schedule = Schedule(METHODS["aquant"], SHORT, BorderConfig())
     reconstruct_block(model, block, cache, schedule, torch.Generator().manual_seed(0), lambda *_: None)
-    assert all(torch.equal(a, b) for a, b in zip(copies, (cache.noised, cache.clean, cache.target), strict=True))
+    parts = (cache.noised, cache.clean, cache.target)
+    assert all(torch.equal(copy, values(part)) for copy, part in zip(copies, parts, strict=True))
 
 
 def test_the_seed_decides_everything() -> None:

@@ -56,6 +56,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "x": (codes - zero_point) * scale, "scale": scale, "border": border, "alpha": alpha, "window": window,
         "spec": spec, "rounding": rounding,
+        "taps": torch.randn(channels, window.positions, generator=g) if draw(st.booleans()) else None,
     }  # fmt: skip
 
 
@@ -76,11 +77,37 @@ def test_equal_to_the_reference(problem: dict[str, Any]) -> None:
     expected = reference.forward(**problem)
     assert torch.equal(cpu_loops.forward(**problem), expected)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
-    names = ("x", "scale", "border", "alpha")
-    pairs = zip(names, cpu_loops.backward(grad, **problem), reference.backward(grad, **problem), strict=True)
-    for name, actual, wanted in pairs:
-        terms = float(grad.abs().sum()) * problem["spec"].levels if name == "scale" else 0.0
-        assert_close(actual, wanted, name, terms=terms)
+    columns = reference.forward(**problem | {"taps": None})
+    written = [torch.full_like(columns, torch.nan) for _ in range(2)]
+    actual = cpu_loops.backward(grad, **problem, columns=written[0])._asdict()
+    wanted = reference.backward(grad, **problem, columns=written[1])._asdict()
+    size = 1.0 if problem["taps"] is None else float(problem["taps"].abs().max())
+    for name, gradient in actual.items():
+        terms = float(grad.abs().sum()) * problem["spec"].levels * size if name == "scale" else 0.0
+        assert_close(gradient, wanted[name], name, terms=terms)
+    assert torch.equal(written[0], columns)
+    assert torch.equal(written[1], columns)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems())
+def test_the_gradients_of_a_weighted_sum_are_those_of_its_terms(problem: dict[str, Any]) -> None:
+    """sum_j w_j x_hat_j through autograd over the columns, against the pass that never writes them."""
+    taps = problem.pop("taps")
+    if taps is None:
+        return
+    columns = reference.forward(**problem)
+    channels, positions = taps.shape
+    spread = columns.view(len(columns), channels, positions, -1)
+    assert_close(reference.forward(**problem, taps=taps), (spread * taps[:, :, None]).sum(2), "sum")
+    grad = torch.randn(len(columns), channels, spread.shape[3], generator=torch.Generator().manual_seed(0))
+    of_columns = (grad[:, :, None] * taps[:, :, None]).reshape(columns.shape)
+    wanted = reference.backward(of_columns, **problem)
+    actual = reference.backward(grad, **problem, taps=taps)
+    terms = float(of_columns.abs().sum()) * problem["spec"].levels
+    for name in ("x", "scale", "border", "alpha"):
+        assert_close(getattr(actual, name), getattr(wanted, name), name, terms=terms if name == "scale" else 0.0)
+    assert_close(actual.taps, (spread * grad[:, :, None]).sum((0, 3)), "taps")
 
 
 @pytest.mark.parametrize("bound", get_args(Bound))

@@ -1,0 +1,125 @@
+"""Finished blocks kept in a folder, so that a run that was cut off continues with the next one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aquant_core.border import STORED_TYPE
+from aquant_core.config import BorderConfig
+from aquant_core.errors import ResumeError
+from aquant_core.model import QuantizedModel
+from aquant_core.partition import Block
+
+_FORMAT = "aquant-block/1"
+_KEY = "aquant"  # as in the checkpoint: one header key, for a fixed order
+
+
+class FinishedBlocks:
+    """The blocks of one run, a file each.
+
+    Args:
+        folder: made if it is not there.
+        run: JSON values that decide the outcome; blocks of a run with others are refused.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        self._folder = folder
+        self._run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, index: int, block: Block, model: QuantizedModel, entry: dict[str, Any]) -> None:
+        """Writes the block, whole or not at all.
+
+        Args:
+            index: its place among the network's blocks.
+            block, model: what has been learned is in the model's layers.
+            entry: the block's part of the report.
+        """
+        path = self._path(index)
+        partial = path.with_suffix(".partial")
+        document = {"format": _FORMAT, "run": self._run, "entry": entry}
+        save_file(_tensors_of(block, model), partial, {_KEY: json.dumps(document)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def load(self, index: int, block: Block, model: QuantizedModel, border: BorderConfig) -> dict[str, Any] | None:
+        """Puts a finished block into the model's layers.
+
+        Returns:
+            The block's part of the report; None where the block is not finished, or its file is damaged.
+
+        Raises:
+            ResumeError: the folder belongs to another run.
+        """
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                document = json.loads((file.metadata() or {})[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if (document["format"], document["run"]) != (_FORMAT, self._run):
+                raise ResumeError(
+                    f"{path} belongs to another run: model, calibration images, config or preset differ.",
+                    "Resume with what that run was started with, or give an empty folder.",
+                )
+            _put_tensors(block, model, border, tensors)
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+            return None
+        entry: dict[str, Any] = document["entry"]
+        return entry
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block-{index:04d}.safetensors"
+
+
+def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for node in block.layers:
+        layer = model.layers[node.name]
+        if layer.weight is not None:
+            tensors[f"{node.name}.codes"] = layer.weight.codes.to(torch.uint8)
+        if layer.activation_scale is not None:
+            tensors[f"{node.name}.input_scale"] = layer.activation_scale
+        if layer.border is not None:
+            tensors[f"{node.name}.border"] = layer.border.coefficients.to(STORED_TYPE)
+            if layer.border.alpha is not None:
+                tensors[f"{node.name}.alpha"] = layer.border.alpha.to(STORED_TYPE)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _put_tensors(block: Block, model: QuantizedModel, border: BorderConfig, tensors: dict[str, Tensor]) -> None:
+    missing = {
+        f"{node.name}.{kind}"
+        for node in block.layers
+        for kind, there in (
+            ("codes", model.layers[node.name].weight is not None),
+            ("input_scale", model.layers[node.name].activation_scale is not None),
+        )
+        if there
+    } - set(tensors)
+    if missing:
+        raise LookupError(f"no {sorted(missing)}")
+    for node in block.layers:
+        layer = model.layers[node.name]
+        if layer.weight is not None:
+            layer.weight.codes.copy_(tensors[f"{node.name}.codes"])
+        if layer.activation_scale is not None:
+            layer.activation_scale.copy_(tensors[f"{node.name}.input_scale"])
+        if f"{node.name}.border" in tensors:
+            layer.add_border(border)
+            assert layer.border is not None
+            layer.border.coefficients.copy_(tensors[f"{node.name}.border"])
+            if layer.border.alpha is not None:
+                layer.border.alpha.copy_(tensors[f"{node.name}.alpha"])

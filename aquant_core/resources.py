@@ -1,0 +1,93 @@
+"""What a run may use, and what it does use: device, memory budgets, folder for spilled caches, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+_CLEAR_PEAK = "5"
+"""Written to /proc/self/clear_refs, it resets the peak resident size (proc(5))."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a quantization may use.
+
+    Attributes:
+        device: where the arithmetic is done.
+        device_bytes: memory it may take on an accelerator; None for 9/10 of what is free. Not used on a CPU.
+        memory_bytes: memory the process may take in all; None for what it has and 8/10 of what is available.
+        folder: where block inputs and outputs go that fit into neither; None for the system's temporary folder.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device_bytes: int | None = None
+    memory_bytes: int | None = None
+    folder: Path | None = None
+
+    def device_budget(self) -> int:
+        """Bytes on the accelerator; 0 on a CPU."""
+        if self.device.type == "cpu":
+            return 0
+        if self.device_bytes is not None:
+            return self.device_bytes
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return int(0.9 * free)
+
+    def memory_budget(self) -> int:
+        """Bytes of main memory, those that the process holds already included."""
+        return self.memory_bytes if self.memory_bytes is not None else resident_bytes() + int(0.8 * available_bytes())
+
+
+def resident_bytes() -> int:
+    """Main memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int:
+    """Main memory that could still be had, by the machine and by the control group."""
+    values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no control groups
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return max(available, 0)
+
+
+class PeakMemory:
+    """Peak memory on a device since this object was made; on a CPU, of the whole process.
+
+    Attributes:
+        start: bytes in use when it was made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cpu":
+            return_free_memory()
+            with contextlib.suppress(OSError):  # a read-only /proc: the peak is then that of the process's life
+                Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+            self.start = resident_bytes()
+        else:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+
+    def read(self) -> int:
+        """Bytes at the highest point until now."""
+        if self._device.type != "cpu":
+            return torch.cuda.max_memory_allocated(self._device)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def return_free_memory() -> None:
+    """Has glibc give back what it keeps for later, lest it add to the next step's peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
