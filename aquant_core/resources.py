@@ -67,7 +67,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         if device.type == "cpu":
             return_free_memory()
             with contextlib.suppress(OSError):  # a read-only /proc: the peak is then that of the process's life
@@ -80,8 +80,8 @@ class PeakMemory:
 
     def read(self) -> int:
         """Bytes at the highest point until now."""
-        if self._device.type != "cpu":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self.device.type != "cpu":
+            return torch.cuda.max_memory_allocated(self.device)
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -108,13 +108,16 @@ class Artifacts:
         size = obstore.head(self._store, key)["size"]
         return cast(BinaryIO, io.BufferedReader(_RangeReader(self._store, key, size), 64 * 1024))
 
+    def keys(self, prefix: str) -> list[str]:
+        """The keys of all objects under ``prefix``, in order."""
+        return sorted(meta["path"] for batch in obstore.list(self._store, prefix) for meta in batch)
+
     def delete_prefix(self, prefix: str) -> None:
         """Remove every object under ``prefix``, and what interrupted writes left beside them."""
         if not prefix.strip("/"):
             raise ValueError("refusing to delete the whole store: the prefix is empty")
-        for batch in obstore.list(self._store, prefix):
-            for meta in batch:
-                self._delete_key(meta["path"])
+        for key in self.keys(prefix):
+            self._delete_key(key)
         shutil.rmtree(self._root / prefix, ignore_errors=True)
 
     def _delete_key(self, key: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -63,6 +63,17 @@ class Settings(BaseSettings):
     intake_file_bytes: Annotated[int, Field(ge=1, description="Largest file that the upload check may write.")] = (
         16 * GIB
     )
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="Where workers compute; auto takes a GPU if there is one.")
+    ] = "auto"
+    memory_bytes: Annotated[
+        int | None,
+        Field(ge=0, description="Memory a job fills before block inputs go to disk; else most of the machine's."),
+    ] = None
+    device_memory_bytes: Annotated[
+        int | None, Field(ge=0, description="The same on the GPU, before it keeps them in memory; else most of it.")
+    ] = None
 
     @property
     def database(self) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
@@ -52,6 +52,7 @@ class Lease:
         self._deadline = time.monotonic() + settings.job_seconds
         self._renewed = time.monotonic()
         self._progress = Progress(stage="intake")
+        self._forecast: dict[str, Any] | None = None
         self._stop: JobStopError | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"lease-{claim.job_id}", daemon=True)
@@ -72,6 +73,7 @@ class Lease:
         Raises:
             JobStopError: the work must stop here.
         """
+        self._forecast = progress.forecast or self._forecast  # told once, shown to the end
         self._progress = progress
         self.check()
 
@@ -110,23 +112,23 @@ class Lease:
     def _renew(self) -> None:
         progress = self._progress
         with self._sessions.begin() as session:
-            state = JobRepository(session).renew(self.claim, self._length, progress.stage, _as_document(progress))
+            state = JobRepository(session).renew(self.claim, self._length, progress.stage, self._document(progress))
         self._renewed = time.monotonic()
         if state is None:
             self._stop = LeaseLostError()
         elif state == JobState.CANCELLING:
             self._stop = JobCancelledError()
 
-
-def _as_document(progress: Progress) -> dict[str, float | None]:
-    return {
-        "block": progress.block,
-        "blocks": progress.blocks,
-        "iteration": progress.iteration,
-        "iterations": progress.iterations,
-        "loss": _finite(progress.loss),
-        "eta_seconds": _finite(progress.eta_seconds),
-    }
+    def _document(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "block": progress.block,
+            "blocks": progress.blocks,
+            "iteration": progress.iteration,
+            "iterations": progress.iterations,
+            "loss": _finite(progress.loss),
+            "eta_seconds": _finite(progress.eta_seconds),
+            "forecast": self._forecast,
+        }
 
 
 def _finite(number: float | None) -> float | None:

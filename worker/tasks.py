@@ -19,9 +19,10 @@ from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.schemas import Problem
-from service.jobs.states import JobState
+from service.jobs.states import FINISHED, JobState
 from service.settings import Settings
 from worker.admission import IntakeFailedError, IntakeLostError, admit
+from worker.blocks import BlockStore, discard_blocks
 from worker.celery_app import app, settings
 from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
 from worker.presence import worker_name
@@ -56,6 +57,8 @@ class JobRunner:
             Lease(claim, self._settings, self._sessions) as lease,
         ):
             state = self._attempt(job, claim, lease, folder)
+        if state in FINISHED:
+            discard_blocks(job_id, self._artifacts)
         log.info("job %s: attempt %d ends: %s", job_id, claim.attempt, state or "lost to another attempt")
         return state
 
@@ -90,19 +93,24 @@ class JobRunner:
 
     def _quantize(self, job: JobRecord, claim: Claim, lease: Lease, folder: Path) -> JobState | None:
         intake = admit(job, lease, folder, self._artifacts, self._settings)
+        blocks = BlockStore(job.id, folder / "blocks", self._artifacts)
+        blocks.fetch()
 
-        from aquant_core import (
-            CapturedModel,
-            ImageSet,
-            quantize,
-        )  # torch: only in the child, only from here on
+        from aquant_core import CapturedModel, ImageSet, quantize  # torch: only in the child, only from here on
+        from worker.device import resources
+
+        def report(progress: Progress) -> None:
+            lease.report(progress)
+            blocks.store()
 
         result = quantize(
             CapturedModel.load(intake.captured),
             ImageSet.load(intake.calibration),
             QuantizationConfig.model_validate(job.config),
             evaluation=None if intake.evaluation is None else ImageSet.load(intake.evaluation),
-            on_progress=lease.report,
+            on_progress=report,
+            resources=resources(self._settings, folder),
+            resume_from=blocks.folder,
         )
         lease.report(Progress(stage="save"))
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from aquant_core.config import QuantizationConfig
 from service.jobs.records import JobRecord
 from service.jobs.schemas import FileInfo, JobDocument, JobLinks, JobProgress, Problem
-from service.jobs.states import JobState
+from service.jobs.states import FINISHED, JobState
 
 
 def describe(job: JobRecord, queue_position: int | None = None) -> JobDocument:
     """The document of a job."""
     here = f"/jobs/{job.id}"
     done = job.state == JobState.SUCCEEDED
+    progress = JobProgress.model_validate(job.progress or {})
+    if job.state in FINISHED:
+        progress.eta_seconds = None  # the last estimate of what has ended
     return JobDocument(
         id=job.id,
         state=job.state,
         stage=job.stage,
         queue_position=queue_position,
-        progress=JobProgress.model_validate(job.progress or {}),
+        progress=progress,
         attempt=job.attempt,
         created_at=job.created_at,
         started_at=job.started_at,

@@ -31,6 +31,23 @@ class Problem(BaseModel):
         return cls(title=code.replace("_", " ").capitalize(), code=code, detail=detail, remedy=remedy)
 
 
+class BlockForecast(BaseModel):
+    """What one block was expected to take."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    placement: Annotated[str, Field(description="Where its inputs and outputs are kept: device, memory or disk.")]
+
+
+class JobForecast(BaseModel):
+    """What the reconstruction was expected to take, from one trial iteration of every block."""
+
+    seconds: float
+    peak_bytes: Annotated[int, Field(description="Memory of the worker's process, or on its GPU.")]
+    blocks: list[BlockForecast]
+
+
 class JobProgress(BaseModel):
     """How far a running job has come."""
 
@@ -39,7 +56,10 @@ class JobProgress(BaseModel):
     iteration: Annotated[int, Field(description="Step within the block.")] = 0
     iterations: Annotated[int, Field(description="Steps per block.")] = 0
     loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
-    eta_seconds: Annotated[float | None, Field(description="Estimated seconds left.")] = None
+    eta_seconds: Annotated[
+        float | None, Field(description="Estimated seconds until all blocks are done; null when nothing is running.")
+    ] = None
+    forecast: Annotated[JobForecast | None, Field(description="Null until it is known.")] = None
 
 
 class FileInfo(BaseModel):
@@ -64,7 +84,9 @@ class JobDocument(BaseModel):
 
     id: str
     state: JobState
-    stage: Annotated[str | None, Field(description="intake, capture, nearest, reconstruct, evaluate or save.")] = None
+    stage: Annotated[
+        str | None, Field(description="intake, capture, forecast, nearest, reconstruct, evaluate or save.")
+    ] = None
     queue_position: Annotated[int | None, Field(description="Jobs ahead of a queued one.")] = None
     progress: JobProgress = JobProgress()
     attempt: Annotated[int, Field(description="How often a worker has started on it.")] = 0

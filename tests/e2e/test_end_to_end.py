@@ -246,13 +246,17 @@ def test_running_job_is_cancelled(client: Client, stack: Stack) -> None:
 
 
 def test_job_of_a_killed_worker_is_run_again(client: Client, stack: Stack) -> None:
-    job = client.submit(MODEL, CALIBRATION, LONG)
-    until(client, job.id, lambda now: now.stage == "reconstruct")
+    job = client.submit(MODEL, CALIBRATION, {**CONFIG, "iterations": 400})
+    until(client, job.id, lambda now: now.progress.block == 2)
     worker_child(stack).kill()
     again = until(client, job.id, lambda now: now.attempt == 2 and now.stage == "reconstruct")
     assert again.state == JobState.RUNNING
+    assert again.progress.block >= 2  # the first was kept
+    assert again.progress.forecast is not None
+    assert len(again.progress.forecast.blocks) >= again.progress.blocks
     client.cancel(job.id)
     assert client.wait(job.id, PATIENCE).state == JobState.CANCELLED
+    assert not (stack.data_dir / "artifacts/jobs" / job.id / "blocks").exists()
     assert client.wait(client.submit(MODEL, CALIBRATION, CONFIG).id, PATIENCE).state == JobState.SUCCEEDED
     assert list((stack.data_dir / "work").iterdir()) == []
 

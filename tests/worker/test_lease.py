@@ -20,6 +20,7 @@ from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease
 Claimed = Callable[..., Claim]
 Sessions = sessionmaker[Session]
 AT_WORK = Progress("reconstruct", 2, 8, 10, 100, math.nan, 4.5)
+FORECAST = {"seconds": 1.5, "peak_bytes": 3, "blocks": []}
 
 
 def work(lease: Lease, until: Callable[[], bool] = lambda: False) -> None:
@@ -42,11 +43,13 @@ def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions
             return job.stage == "reconstruct"
 
     with Lease(claim, settings, sessions) as lease:
+        lease.report(Progress("nearest", forecast=FORECAST))
         work(lease, shown)
     with sessions() as session:
         job = JobRepository(session).get("job")
         assert job.progress == {
             "block": 2, "blocks": 8, "iteration": 10, "iterations": 100, "loss": None, "eta_seconds": 4.5,
+            "forecast": FORECAST,
         }  # fmt: skip
         assert job.lease_expires_at is not None
         assert job.lease_expires_at > now() + timedelta(seconds=20)

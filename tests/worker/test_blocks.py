@@ -1,0 +1,47 @@
+"""Finished blocks reach the next attempt, and go when the job has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.artifacts import Artifacts, job_prefix
+from worker.blocks import BlockStore, discard_blocks
+
+
+def test_the_next_attempt_finds_what_was_finished(tmp_path: Path, artifacts: Artifacts) -> None:
+    first = BlockStore("job", tmp_path / "first", artifacts)
+    first.fetch()
+    first.store()
+    (first.folder / "block-0000.safetensors").write_bytes(b"zero")
+    (first.folder / "block-0001.partial").write_bytes(b"half")
+    first.store()
+    (first.folder / "block-0001.safetensors").write_bytes(b"one")
+    first.store()
+
+    second = BlockStore("job", tmp_path / "second", artifacts)
+    second.fetch()
+    found = {path.name: path.read_bytes() for path in second.folder.iterdir()}
+    assert found == {"block-0000.safetensors": b"zero", "block-0001.safetensors": b"one"}
+    other = BlockStore("other", tmp_path / "other", artifacts)
+    other.fetch()
+    assert list(other.folder.iterdir()) == []
+
+
+def test_each_file_is_stored_once(tmp_path: Path, artifacts: Artifacts) -> None:
+    blocks = BlockStore("job", tmp_path / "blocks", artifacts)
+    path = blocks.folder / "block-0000.safetensors"
+    path.write_bytes(b"zero")
+    blocks.store()
+    path.write_bytes(b"changed")
+    blocks.store()
+    (key,) = artifacts.keys(job_prefix("job"))
+    assert artifacts.get_bytes(key) == b"zero"
+
+
+def test_nothing_is_left_of_an_ended_job(tmp_path: Path, artifacts: Artifacts) -> None:
+    blocks = BlockStore("job", tmp_path / "blocks", artifacts)
+    (blocks.folder / "block-0000.safetensors").write_bytes(b"zero")
+    blocks.store()
+    discard_blocks("job", artifacts)
+    discard_blocks("job", artifacts)
+    assert artifacts.keys(job_prefix("job")) == []
