@@ -22,10 +22,11 @@ class Cache:
     Attributes:
         shape: of all images, N first.
         placement: where it lies.
+        device: where its values are wanted.
     """
 
     def __init__(self, shape: torch.Size, device: torch.device, placement: Placement, folder: Path | None) -> None:
-        self.shape, self.placement, self._device = shape, placement, device
+        self.shape, self.placement, self.device = shape, placement, device
         self._map: mmap.mmap | None = None
         if placement == "disk":
             self._map = _map_new_file(4 * shape.numel(), folder)
@@ -74,7 +75,7 @@ class Cache:
         self._drop_pages()
 
     def _moved(self, values: Tensor) -> Tensor:
-        moved = values.to(self._device)
+        moved = values.to(self.device)
         if self._map is None:
             return moved
         moved = moved.clone() if moved.device == values.device else moved

@@ -18,6 +18,7 @@ from aquant_core.graph import CapturedModel
 from aquant_core.images import check_image_shape
 
 _DEFAULT_SIZE = 224
+_FLOAT32 = "float32 weights are needed: call model.float() first."
 
 
 def capture(
@@ -93,6 +94,9 @@ def _random_images(channels: int, height: int, width: int) -> Tensor:
 
 
 def _checked_module(model: nn.Module, example: Tensor | None) -> CapturedModel:
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32:
+            raise ModelFormatError(f"Weight {name!r} is {str(tensor.dtype).removeprefix('torch.')}.", _FLOAT32)
     if example is None:
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         example = _random_images(first.in_channels if first else 3, _DEFAULT_SIZE, _DEFAULT_SIZE)

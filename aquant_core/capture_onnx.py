@@ -83,6 +83,10 @@ def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
             "Give it one image batch and one output.",
         )
     only: onnx.ValueInfoProto = inputs[0]
+    kind = only.type.tensor_type.elem_type
+    if kind != onnx.TensorProto.FLOAT:
+        name = onnx.TensorProto.DataType.Name(kind).lower()
+        raise ModelFormatError(f"Input {only.name!r} is {name}.", "float32 is needed: export the float32 model.")
     return only
 
 

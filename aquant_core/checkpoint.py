@@ -23,7 +23,7 @@ from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
 
 FORMAT = "aquant-checkpoint/1"
 _KEY = "aquant"  # the header has this one key: several would be written in no fixed order
-_REMEDY = "Download it again; compare its sha256 with the report's."
+_REMEDY = "Download it again; its sha256 is in the job's document, under files."
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -113,6 +113,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file.", "Give the path of a downloaded checkpoint.")
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {}).get(_KEY, "{}"))

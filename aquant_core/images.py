@@ -168,15 +168,21 @@ def check_images(
         warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
     if evaluation is not None:
         check_image_shape(model.input_shape, evaluation.images, "evaluation")
-        if evaluation.labels is not None:
-            classes = int(model(evaluation.images[:1]).shape[1])
-            highest = int(evaluation.labels.max())
-            if highest >= classes:
-                raise ImageSetError(
-                    f"The evaluation labels go up to {highest}, the network has {classes} classes.",
-                    f"Number the classes from 0 to {classes - 1}.",
-                )
+        _check_labels(model, evaluation, "evaluation")
+    _check_labels(model, calibration, "calibration")
     return warnings
+
+
+def _check_labels(model: CapturedModel, images: ImageSet, what: Kind) -> None:
+    if images.labels is None:
+        return
+    classes = int(model(images.images[:1]).shape[1])
+    highest = int(images.labels.max())
+    if highest >= classes:
+        raise ImageSetError(
+            f"The {what} labels go up to {highest}, the network has {classes} classes.",
+            f"Number the classes from 0 to {classes - 1}.",
+        )
 
 
 def check_image_shape(wanted: Sequence[int | None], images: Tensor, what: Kind) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aquant_core import checkpoint
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
+from aquant_core.errors import NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
@@ -107,6 +108,11 @@ def quantize(
     tell(Progress("nearest", blocks=count, forecast=expected_document))
     quantized = quantize_to_nearest(graph, calibration.images, config)
     float_logits = logits_of(graph, evaluation.images, resources.device)
+    if not float_logits.isfinite().all():
+        raise NonFiniteError(
+            "The float network gives NaN or infinity for some evaluation images.",
+            "Check its weights, and the images' scaling.",
+        )
     nearest_logits = logits_of(quantized, evaluation.images, resources.device)
     history: list[dict[str, Any]] = []
     if expected is not None:
@@ -121,6 +127,8 @@ def quantize(
     tell(Progress("evaluate", blocks=count))
     logits = logits_of(quantized, evaluation.images, resources.device)
     digests["logits"] = logits_digest(logits)
+    if not logits.isfinite().all():
+        warnings.append("The quantized network's outputs hold NaN or infinity: it is of no use as it is.")
     named = {"float": float_logits, "nearest": nearest_logits, "quantized": logits}
     report = {
         "accuracy": None

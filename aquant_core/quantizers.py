@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -63,17 +64,26 @@ def search_weight_grid(weight: Tensor, bits: int) -> UniformGrid:
     low = flat.amin(1, keepdim=True).clamp(max=0)
     high = flat.amax(1, keepdim=True).clamp(min=0)
     extent = (high - low).clamp(min=1e-8)
-    best_error = torch.full_like(extent, math.inf)
-    best_scale, best_zero = extent / levels, torch.zeros_like(extent)
+    scales, zero_points = [], []
     for step in range(SHRINK_STEPS, 0, -1):
         scale = extent * (step / SHRINK_STEPS / levels)
-        for zero_point in _zero_points(low * (step / SHRINK_STEPS), scale, levels):
-            error = _grid_error(flat, scale, zero_point, levels).sum(1, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero_point, best_zero)
-    return UniformGrid(best_scale, best_zero, levels)
+        tried = _zero_points(low * (step / SHRINK_STEPS), scale, levels)
+        scales += [scale] * len(tried)
+        zero_points += tried
+    grids = UniformGrid(torch.cat(scales, 1), torch.cat(zero_points, 1), levels)  # (O, G)
+    errors = _errors_of_grids(flat, grids)
+    best = torch.from_numpy(errors.cpu().numpy().argmin(1)).to(flat.device)[:, None]  # the first of equals
+    return UniformGrid(grids.scale.gather(1, best), grids.zero_point.gather(1, best), levels)
+
+
+def _errors_of_grids(rows: Tensor, grids: UniformGrid) -> Tensor:
+    """|w - w_hat|^2.4 of (O, I) weights, summed over each row, for (O, G) grids."""
+    if rows.device.type == "cpu" and importlib.util.find_spec("numba") is not None:
+        from cupy_kernels.grid_errors import grid_errors
+
+        return grid_errors(rows, grids.scale, grids.zero_point, grids.levels)
+    columns = zip(torch.split(grids.scale, 1, 1), torch.split(grids.zero_point, 1, 1), strict=True)
+    return torch.cat([_grid_error(rows, *column, grids.levels).sum(1, keepdim=True) for column in columns], 1)
 
 
 def search_activation_grid(values: Tensor, bits: int) -> UniformGrid:

@@ -63,6 +63,7 @@ class PeakMemory:
     """Peak memory on a device since this object was made; on a CPU, of the whole process.
 
     Attributes:
+        device: the device.
         start: bytes in use when it was made.
     """
 

@@ -134,7 +134,10 @@ def download(
 ) -> None:
     """Fetch the checkpoint of a job that succeeded."""
     with _client(url) as client:
-        typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
+        try:
+            typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
+        except OSError as error:
+            raise typer.BadParameter(f"{output} cannot be written: {error.strerror}", param_hint="--output") from error
 
 
 @app.command()
@@ -194,6 +197,9 @@ def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]
             configuration = json.loads(path.read_text())
         except ValueError as error:
             raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
+        if not isinstance(configuration, dict):
+            kind = type(configuration).__name__
+            raise typer.BadParameter(f"{path} holds a {kind}, not an object", param_hint="--config")
     return configuration | {name: value for name, value in options.items() if value is not None}
 
 
@@ -202,10 +208,15 @@ def _follow(client: Client, job_id: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
+    told = None
     with console.status("queued") as status:
         for job in client.watch(job_id):
             status.update(_line(job))
-    console.print(_line(job))
+            step = (job.state, job.stage, job.progress.block)
+            if not console.is_terminal and step != told:  # a line for each stage and block, as a log has it
+                console.print(_line(job), soft_wrap=True)
+                told = step
+    console.print(_line(job), soft_wrap=True)
     if job.error is not None:
         typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
     if job.state != "succeeded":

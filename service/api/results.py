@@ -14,7 +14,7 @@ from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.repository import JobRepository
-from service.jobs.states import FINISHED
+from service.jobs.states import JobState
 
 router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE})
 
@@ -89,6 +89,12 @@ async def checkpoint(
     return StreamingResponse(parts.artifacts.stream(file.key, start, stop), status, headers, "application/octet-stream")
 
 
+_REMEDY = {
+    JobState.FAILED: "It never will; the job's error says why.",
+    JobState.CANCELLED: "It never will; submit it again.",
+}
+
+
 def _find(parts: Parts, job_id: str, name: str) -> _File:
     with parts.sessions() as session:
         job = JobRepository(session).get(job_id)
@@ -96,6 +102,6 @@ def _find(parts: Parts, job_id: str, name: str) -> _File:
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",
-                "It never will; see the job's error." if job.state in FINISHED else "Ask again once it has succeeded.",
+                _REMEDY.get(job.state, "Ask again once it has succeeded."),
             )
         return _File(artifact.key, artifact.size, f'"{artifact.sha256}"')

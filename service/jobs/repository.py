@@ -194,9 +194,12 @@ class JobRepository:
         )
         if not _changed(result):
             job = self.get(job_id)
+            stopping = job.state == JobState.CANCELLING
             raise JobStateError(
                 f"Job {job_id} is {job.state}.",
-                f"Cancel it first (POST /jobs/{job_id}/cancel) and delete it once it has stopped.",
+                "Delete it once it has stopped."
+                if stopping
+                else f"Cancel it first (POST /jobs/{job_id}/cancel) and delete it once it has stopped.",
             )
 
     # The reaper's side: what was lost.
