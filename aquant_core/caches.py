@@ -51,6 +51,11 @@ class Cache:
         """Of one image's value, without N."""
         return self.shape[1:]
 
+    @property
+    def lies_on(self) -> torch.device:
+        """The device whose memory holds it; the CPU for files."""
+        return self._values.device
+
     def write(self, start: int, values: Tensor) -> None:
         """Puts the values of neighbouring images, from image ``start`` on."""
         self._values[start : start + len(values)] = values
@@ -64,14 +69,13 @@ class Cache:
         """Copies the values of the ``chosen`` images into ``out``, on the device.
 
         Args:
-            chosen: (B,) int64 image numbers, on the CPU, or on the device if the cache is there.
+            chosen: (B,) int64 image numbers, on the device that the cache ``lies_on``.
             out: (B, ...).
         """
         if self._values.device == out.device:
-            torch.index_select(self._values, 0, chosen.to(out.device), out=out)
+            torch.index_select(self._values, 0, chosen, out=out)
         else:
-            picked = self._values.index_select(0, chosen.cpu())
-            out.copy_(picked.pin_memory() if out.device.type == "cuda" else picked, non_blocking=True)
+            out.copy_(self._values.index_select(0, chosen).pin_memory(), non_blocking=True)
         self._drop_pages()
 
     def _moved(self, values: Tensor) -> Tensor:

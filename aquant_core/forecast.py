@@ -22,6 +22,8 @@ from aquant_core.resources import PeakMemory, Resources
 from aquant_core.schedules import WARM_UP
 
 _FLOAT = 4  # bytes
+_ITERATIONS, _TRIED = 5, (0, 3)
+"""Of a schedule of five iterations, one within its warm-up and one behind it."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,12 @@ def _try_block(
     cache = BlockCache(*(Cache.of(tensor[:size], device) for tensor in (value, value, output)))
     peak = PeakMemory(device)
     generator = torch.Generator(device).manual_seed(0)
-    short = replace(schedule, preset=replace(schedule.preset, iterations=5))
+    short = replace(schedule, preset=replace(schedule.preset, iterations=_ITERATIONS))
     with torch.enable_grad():
         learner = BlockLearner(model, block, cache, short, generator)
-        learner.step(0)  # what is done once: memory is taken, kernels are loaded
-        seconds = [_seconds_of(learner, step, device) for step in (0, 3)]
+        for step in _TRIED:  # what is done once: memory is taken, a graph is captured
+            learner.step(step)
+        seconds = [_seconds_of(learner, step, device) for step in _TRIED]
     preset = schedule.preset
     learning = preset.iterations * (WARM_UP * seconds[0] + (1 - WARM_UP) * seconds[1])
     return _Trial(passing + learning, peak.read() - peak.start, handing_on, output.shape), output

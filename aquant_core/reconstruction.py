@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquant_core import schedules
-from aquant_core.caches import BlockCache
+from aquant_core.caches import BlockCache, Cache
 from aquant_core.config import BorderConfig
 from aquant_core.layers import Dropping, QuantizedLayer
 from aquant_core.methods import MethodSettings, Preset
@@ -120,9 +120,10 @@ class BlockLearner:
         # (iterations, batch) image numbers, drawn ahead and on the CPU: the same wherever the images lie.
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
         order = torch.Generator().manual_seed(seed)
-        self._chosen = torch.empty(preset.iterations, size, dtype=torch.int64)
-        for row in self._chosen:
+        chosen = torch.empty(preset.iterations, size, dtype=torch.int64)
+        for row in chosen:
             row.copy_(torch.randperm(images, generator=order)[:size])
+        self._chosen = {place: chosen.to(place) for place in (chosen.device, device)}
         self._drop_input = Dropping(schedule.method.drop_input, generator) if schedule.method.drop_input else None
         timetable = [_row(step, preset, schedule.method) for step in range(preset.iterations)]
         self._timetable = torch.tensor(timetable, device=device)  # (iterations, 3)
@@ -130,17 +131,14 @@ class BlockLearner:
         self.loss = torch.zeros((), device=device)
         self._optimizer = self._prepare(generator)
         self._replay = Replay(self._iterate, self._optimizer, generator) if device.type == "cuda" else None
-        if self._replay is not None:
-            self._chosen = self._chosen.to(device)
 
     def step(self, step: int) -> None:
         """Does iteration ``step`` of ``preset.iterations``."""
         method, steps = self._schedule.method, self._schedule.preset.iterations
-        chosen = self._chosen[step]
-        self._cache.noised.gather(chosen, self._noised)
+        self._gather(self._cache.noised, step, self._noised)
         if self._drop_input:
-            self._cache.clean.gather(chosen, self._clean)
-        self._cache.target.gather(chosen, self._target)
+            self._gather(self._cache.clean, step, self._clean)
+        self._gather(self._cache.target, step, self._target)
         self._now.copy_(self._timetable[step])
         warming_up = method.rounding_schedule and schedules.rounding_schedule(step, steps) == 0
         regularised = schedules.regulariser_acts(step, steps)
@@ -150,6 +148,9 @@ class BlockLearner:
             self._iterate(regularised)
         else:
             self._replay.run(regularised, (warming_up, regularised))
+
+    def _gather(self, cache: Cache, step: int, out: Tensor) -> None:
+        cache.gather(self._chosen[cache.lies_on][step], out)
 
     def _iterate(self, regularised: bool) -> None:
         """One step of Algorithm 1 on the batch in place."""

@@ -1,0 +1,105 @@
+"""What a run may use, and the peak of what it did use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from aquant_core.resources import PeakMemory, Resources, available_bytes, resident_bytes
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def peak_can_be_reset() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+needs_reset = pytest.mark.skipif(not peak_can_be_reset(), reason="/proc/self/clear_refs cannot be written here")
+
+
+def allocate_and_free(mebibytes: int) -> None:
+    torch.ones(mebibytes * MIB // 4)
+
+
+@needs_reset
+def test_the_peak_is_seen_after_it_has_gone() -> None:
+    peak = PeakMemory(CPU)
+    allocate_and_free(128)
+    assert 120 * MIB < peak.read() - peak.start < 200 * MIB
+    assert resident_bytes() - peak.start < 64 * MIB
+
+
+@needs_reset
+def test_a_peak_starts_afresh() -> None:
+    allocate_and_free(256)
+    second = PeakMemory(CPU)
+    assert second.read() - second.start < 32 * MIB
+    allocate_and_free(64)
+    assert 60 * MIB < second.read() - second.start < 120 * MIB
+
+
+def test_resident_bytes_are_what_the_process_holds() -> None:
+    before = resident_bytes()
+    held = torch.ones(64 * MIB // 4)
+    assert 60 * MIB < resident_bytes() - before < 100 * MIB
+    assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, abs=8 * MIB)
+    del held
+
+
+def test_numbers_given_are_taken() -> None:
+    assert Resources(memory_bytes=123).memory_budget() == 123
+    assert Resources(memory_bytes=0).memory_budget() == 0
+    assert Resources(torch.device("cuda"), device_bytes=7).device_budget() == 7
+    assert Resources(torch.device("cuda"), device_bytes=0).device_budget() == 0
+
+
+def test_a_cpu_has_no_device_memory() -> None:
+    assert Resources().device == CPU
+    assert Resources().device_budget() == Resources(device_bytes=7).device_budget() == 0
+
+
+def test_the_budget_by_default_is_within_the_machine() -> None:
+    assert resident_bytes() < Resources().memory_budget() < psutil.virtual_memory().total
+    assert 0 < available_bytes() < psutil.virtual_memory().total
+
+
+LIMIT, CURRENT = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current"))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, limit: str | None, available: int = 4000 * MIB) -> None:
+    """A machine with so much available, and a control group that uses 400 MiB; None is one without control groups."""
+    files = {"/proc/meminfo": f"MemTotal: 9999999 kB\nMemAvailable: {available // 1024} kB\nHugePages_Total: 0\n"}
+    if limit is not None:
+        files |= {LIMIT: f"{limit}\n", CURRENT: f"{400 * MIB}\n"}
+
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, 4000),
+        ("max", 4000),
+        (str(1000 * MIB), 600),
+        (str(5000 * MIB), 4000),  # more than the machine has left
+        (str(300 * MIB), 0),  # lowered below what is in use
+    ],
+)
+def test_available_is_what_machine_and_control_group_leave(
+    limit: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, limit)
+    assert available_bytes() == expected * MIB
