@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from aquant_core import checkpoint
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import NonFiniteError
+from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
 from aquant_core.forecast import forecast
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, check_images
+from aquant_core.images import ImageSet, Kind, check_images, read_images
 from aquant_core.methods import METHODS, PRESETS, Preset
 from aquant_core.model import QuantizedModel, quantize_to_nearest
 from aquant_core.partition import partition
@@ -54,9 +54,9 @@ class QuantizationResult:
 
 def quantize(
     model: CapturedModel | nn.Module | str | Path,
-    calibration: ImageSet | Tensor,
-    config: QuantizationConfig,
-    evaluation: ImageSet | None = None,
+    calibration: ImageSet | Tensor | str | Path,
+    config: QuantizationConfig | dict[str, Any],
+    evaluation: ImageSet | Tensor | str | Path | None = None,
     on_progress: OnProgress | None = None,
     preset: Preset | None = None,
     resources: Resources | None = None,
@@ -66,7 +66,7 @@ def quantize(
 
     Args:
         model: anything ``capture`` takes; it is not changed.
-        calibration: images like those the network will see.
+        calibration: images like those the network will see, (N, C, H, W), or the path of a file of them.
         config: method, bits and switches.
         evaluation: images, with labels if accuracy is wanted; without them part of the calibration set is
             held back.
@@ -82,8 +82,10 @@ def quantize(
     started = time.monotonic()
     tell = on_progress or (lambda _: None)
     tell(Progress("capture"))
-    if isinstance(calibration, Tensor):
-        calibration = ImageSet(calibration)
+    if isinstance(config, dict):
+        config = QuantizationConfig.model_validate(config)
+    calibration = _image_set(calibration, "calibration")
+    evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
     captured = capture(model, config.architecture, calibration.images[:2])
     warnings = check_images(captured, calibration, config, evaluation)
     resources = resources or Resources()
@@ -152,6 +154,19 @@ def quantize(
         "seconds": round(time.monotonic() - started, 3),
     }
     return QuantizationResult(quantized, report)
+
+
+def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
+    if isinstance(images, str | Path):
+        return read_images(images, what)
+    if isinstance(images, Tensor):
+        return ImageSet(images)
+    if not isinstance(images, ImageSet):
+        raise ImageSetError(
+            f"The {what} images are a {type(images).__name__}.",
+            "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
+        )
+    return images
 
 
 def _identity(digests: dict[str, str], config: QuantizationConfig, preset: Preset) -> dict[str, Any]:

@@ -228,3 +228,10 @@ def test_what_tracing_does_not_see_is_found_by_comparing() -> None:
 
     with pytest.raises(CaptureMismatchError, match="differs from the module by"):
         capture(Aliased(), example=images())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_precision_are_named(dtype: torch.dtype) -> None:
+    with pytest.raises(ModelFormatError, match=r"Weight '0.weight' is float(16|64)") as caught:
+        capture(small_net().to(dtype), example=images())
+    assert "model.float()" in caught.value.remedy

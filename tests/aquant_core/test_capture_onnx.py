@@ -434,3 +434,11 @@ def test_a_wrong_byte_is_survived_or_refused(
     except AQuantError:
         return
     assert captured(images()).shape[0] == 2
+
+
+def test_a_half_precision_input_is_named(tmp_path: Path) -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])])
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    with pytest.raises(ModelFormatError, match="Input 'x' is float16") as caught:
+        captured_from(tmp_path / "half.onnx", model)
+    assert "float32" in caught.value.remedy

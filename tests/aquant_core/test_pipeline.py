@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from aquant_core.capture_model import capture
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.errors import ImageSetError, UnknownLayerError
+from aquant_core.errors import ImageSetError, NonFiniteError, UnknownLayerError
 from aquant_core.evaluation import logits_digest, logits_of
 from aquant_core.images import ImageSet
 from aquant_core.methods import PRESETS, Preset
@@ -295,3 +295,29 @@ def test_refusals_come_before_any_work() -> None:
     with pytest.raises(ImageSetError, match="go up to 7"):
         run(listen, evaluation=ImageSet(EVALUATION.images, torch.full((20,), 7)))
     assert set(told) == {"capture"}
+
+
+def test_images_by_path_and_config_as_a_dict(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path / "images.safetensors")
+    values = {"weight_bits": 4, "activation_bits": 4, "method": "nearest"}
+    by_path = quantize(make_net(), tmp_path / "images.safetensors", values)
+    by_value = quantize(make_net(), CALIBRATION, QuantizationConfig.model_validate(values))
+    assert by_path.report["digests"] == by_value.report["digests"]
+
+
+def test_images_of_another_kind_are_refused() -> None:
+    with pytest.raises(ImageSetError, match="calibration images are a list"):
+        quantize(make_net(), [1, 2], {"weight_bits": 4, "activation_bits": 4})  # type: ignore[arg-type]
+
+
+def test_labels_of_the_calibration_images_are_checked_too() -> None:
+    labelled = ImageSet(CALIBRATION.images, torch.full((48,), 5))
+    with pytest.raises(ImageSetError, match="calibration labels go up to 5, the network has 5 classes"):
+        run(calibration=labelled)
+
+
+def test_outputs_that_are_not_finite() -> None:
+    images = EVALUATION.images.clone()
+    images[3] *= 1e38  # finite itself, not behind the second convolution
+    with pytest.raises(NonFiniteError, match="float network"):
+        run(evaluation=ImageSet(images))

@@ -28,8 +28,8 @@ from cupy_kernels.specification import Bound
 CPU = torch.device("cpu")
 LEARNED: list[Method] = ["qdrop_refactored", "aquant_no_border", "aquant"]
 PRESET = Preset(15, 4, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
-STEPS = (0, 2, 3, 14)
-"""The first, the last of the warm-up, the first after it, and the last."""
+STEPS = (0, 3, 14)
+"""The first, which is in the warm-up, the first after it, and the last."""
 
 
 class Convolutions(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service import cli, local
+from service.client import Client
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +58,26 @@ def test_commands_of_other_packages_join_in(
     assert run(monkeypatch, "where") == 0
     assert run(monkeypatch, "quantize", "model.onnx", "--bits", "2") == 1
     assert "no_such_package" in capsys.readouterr().err
+
+
+def test_a_config_that_is_no_object_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "m").write_bytes(b"x")
+    (tmp_path / "c.json").write_text("[1]")
+    arguments = ["submit", str(tmp_path / "m"), "--calibration", str(tmp_path / "m")]
+    assert run(monkeypatch, *arguments, "--config", str(tmp_path / "c.json")) == 2
+    assert "holds a list, not an object" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def download(_client: Client, _job_id: str, path: Path) -> str:
+        path.write_bytes(b"")  # where there is no folder
+        return ""
+
+    monkeypatch.setattr(Client, "download", download)
+    assert run(monkeypatch, "download", "x", "-o", str(tmp_path / "none" / "x")) == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "cannot be written: No such file or directory" in error
