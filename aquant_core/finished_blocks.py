@@ -46,8 +46,9 @@ class FinishedBlocks:
         """
         path = self._path(index)
         partial = path.with_suffix(".partial")
-        document = {"format": _FORMAT, "run": self._run, "entry": entry}
-        save_file(_tensors_of(block, model), partial, {_KEY: json.dumps(document)})
+        tensors = _tensors_of(block, model)
+        document = {"format": _FORMAT, "run": self._run, "entry": entry, "sha256": _digest(tensors, entry)}
+        save_file(tensors, partial, {_KEY: json.dumps(document)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -73,14 +74,24 @@ class FinishedBlocks:
                     f"{path} belongs to another run: model, calibration images, config or preset differ.",
                     "Resume with what that run was started with, or give an empty folder.",
                 )
-            _put_tensors(block, model, border, tensors)
+            entry: dict[str, Any] = document["entry"]
+            if document["sha256"] != _digest(tensors, entry):
+                return None
         except (OSError, SafetensorError, ValueError, LookupError, TypeError):
             return None
-        entry: dict[str, Any] = document["entry"]
+        _put_tensors(block, model, border, tensors)
         return entry
 
     def _path(self, index: int) -> Path:
         return self._folder / f"block-{index:04d}.safetensors"
+
+
+def _digest(tensors: dict[str, Tensor], entry: dict[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
@@ -100,17 +111,6 @@ def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _put_tensors(block: Block, model: QuantizedModel, border: BorderConfig, tensors: dict[str, Tensor]) -> None:
-    missing = {
-        f"{node.name}.{kind}"
-        for node in block.layers
-        for kind, there in (
-            ("codes", model.layers[node.name].weight is not None),
-            ("input_scale", model.layers[node.name].activation_scale is not None),
-        )
-        if there
-    } - set(tensors)
-    if missing:
-        raise LookupError(f"no {sorted(missing)}")
     for node in block.layers:
         layer = model.layers[node.name]
         if layer.weight is not None:

@@ -18,7 +18,7 @@ from aquant_core.model import QuantizedModel, bits_of_layers, run_float_block
 from aquant_core.partition import Block
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
 from aquant_core.reconstruction import BlockLearner, Schedule, is_quantized
-from aquant_core.resources import PeakMemory, Resources
+from aquant_core.resources import PeakMemory, Resources, resident_bytes
 from aquant_core.schedules import WARM_UP
 
 _FLOAT = 4  # bytes
@@ -55,7 +55,7 @@ class Forecast:
 
     @property
     def peak_bytes(self) -> int:
-        return max(block.peak_bytes for block in self.blocks)
+        return max((block.peak_bytes for block in self.blocks), default=0)
 
     def document(self) -> dict[str, Any]:
         """JSON values."""
@@ -187,7 +187,7 @@ def _place(
         following = trials[index + 1].step_bytes if index + 1 < len(trials) else 0
         placement: Placement = "disk"
         for candidate, budget in budgets:
-            floor = start if candidate == counted else 0
+            floor = start if candidate == counted else resident_bytes()
             held = before if before_placement == candidate else 0
             if floor + max(_live(held, pair, trial), 2 * pair + following) <= budget:
                 placement = candidate

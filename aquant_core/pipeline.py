@@ -120,7 +120,7 @@ def quantize(
     if expected is not None:
         finished = None
         if resume_from is not None:
-            finished = FinishedBlocks(Path(resume_from), _identity(digests, config, preset))
+            finished = FinishedBlocks(Path(resume_from), _identity(digests, len(calibration), config, preset))
         history = reconstruct_blocks(
             graph, quantized, blocks, calibration.images, schedule, config.seed, expected, resources, tell, finished
         )
@@ -169,10 +169,10 @@ def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
     return images
 
 
-def _identity(digests: dict[str, str], config: QuantizationConfig, preset: Preset) -> dict[str, Any]:
-    """What decides how the blocks come out."""
+def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, preset: Preset) -> dict[str, Any]:
+    """What decides how the blocks come out; ``images`` are those not held back."""
     kept = {name: digests[name] for name in ("model", "calibration")}
-    return {"digests": kept, "config": config.model_dump(mode="json"), "preset": vars(preset)}
+    return {"digests": kept, "images": images, "config": config.model_dump(mode="json"), "preset": vars(preset)}
 
 
 def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:

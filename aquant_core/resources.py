@@ -13,6 +13,12 @@ import torch
 _CLEAR_PEAK = "5"
 """Written to /proc/self/clear_refs, it resets the peak resident size (proc(5))."""
 
+_CONTROL_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Limit and use of memory, in version 2 and in version 1."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -53,9 +59,9 @@ def available_bytes() -> int:
     """Main memory that could still be had, by the machine and by the control group."""
     values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(values["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no control groups
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    for limit, used in _CONTROL_GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(available, 0)
 
 

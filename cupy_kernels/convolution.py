@@ -42,7 +42,10 @@ def border_convolution(
         ValueError: a shape or dtype that the operator does not take, named.
     """
     check_border(x, scale, border, alpha, window, spec)
-    if weight.shape[1:] != (x.shape[1] // groups, *window.kernel_size) or weight.shape[0] % groups:
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype}, x {x.dtype}")
+    divided = groups >= 1 and x.shape[1] % groups == 0 and len(weight) % groups == 0
+    if not divided or weight.shape[1:] != (x.shape[1] // groups, *window.kernel_size):
         raise ValueError(f"weight {tuple(weight.shape)} does not fit {x.shape[1]} channels in {groups} groups")
     quantizer = (window, spec, rounding)
     operator: Any = _Depthwise if groups == x.shape[1] == weight.shape[0] else _Grouped

@@ -233,7 +233,8 @@ def backward(
     grad_t = torch.zeros_like(positions.t)  # gradient of the padded map of t, summed over the windows
     grad_scale = torch.zeros((), dtype=torch.float64, device=x.device)
     grad_taps = None if taps is None else torch.empty_like(taps)
-    grad_b: list[Tensor] = []  # of B, per position, until the fused sum is known
+    grad_border, grad_alpha = (None if t is None else torch.zeros_like(t) for t in (border, alpha))
+    grad_b: Tensor | None = None  # of the fused B, summed over the positions
     for position, b in enumerate(positions.borders(alpha)):
         t = positions.view(positions.t, position)
         inside = positions.view(positions.inside, position)
@@ -249,37 +250,52 @@ def backward(
             written[:, :, position] = q.mul_(scale).masked_fill_(inside == 0, 0.0)
         passed = g.mul_(free).mul_(scale)
         positions.view(grad_t, position).add_(passed)
-        if border is not None:
-            grad_b.append(passed.mul_(-rounding))
-
-    grad_border = grad_alpha = None
-    if border is not None:
-        grad_border = torch.zeros_like(border)
-        grad_alpha = None if alpha is None else torch.zeros_like(alpha)
-        fused = torch.stack(grad_b).sum(0).mul_(1.0 / window.positions) if spec.fused else None
+        if border is None or grad_border is None:
+            continue
+        of_b = passed.mul_(-rounding)
+        if spec.fused:
+            grad_b = of_b if grad_b is None else grad_b.add_(of_b)
+        else:
+            _backward_of_shift(positions, position, of_b, None, border, grad_border, None, grad_t)
+    if border is not None and grad_border is not None and grad_b is not None:
+        grad_b.mul_(1.0 / window.positions)
         for position in range(window.positions):
-            v, e = positions.shift(position)
-            of_e = grad_b[position] if fused is None else fused
-            if alpha is not None and grad_alpha is not None:
-                grad_alpha[:, position] = (of_e * e).sum((0, 2, 3))
-                of_e = of_e * alpha[:, position, None, None]
-            of_v = bounded_shift_slope(v, e, spec).mul_(of_e)
-            u = positions.view(positions.u, position)
-            power = of_v
-            for degree in range(len(border)):
-                grad_border[degree, :, position] = power.sum((0, 2, 3))
-                power = power * u
-            if spec.input_gradient:
-                of_u = _slope_of_polynomial(u, border[:, :, position, None, None]).mul_(of_v)
-                t = positions.view(positions.t, position)
-                of_u.mul_((t > 0) & (t < spec.levels)).mul_(1.0 / spec.levels)
-                positions.view(grad_t, position).add_(of_u)
+            _backward_of_shift(positions, position, grad_b, alpha, border, grad_border, grad_alpha, grad_t)
 
     vertical, horizontal = window.padding
     inner = grad_t[:, :, vertical : vertical + x.shape[2], horizontal : horizontal + x.shape[3]]
     grad_x = inner / scale
     grad_scale -= (grad_x * x).sum(dtype=torch.float64) / scale
     return Gradients(grad_x, grad_scale.to(scale.dtype), grad_border, grad_alpha, grad_taps)
+
+
+def _backward_of_shift(
+    positions: _Positions,
+    position: int,
+    of_e: Tensor,  # (N, C, H_out, W_out), before alpha
+    alpha: Tensor | None,
+    border: Tensor,
+    grad_border: Tensor,
+    grad_alpha: Tensor | None,
+    grad_t: Tensor,
+) -> None:
+    """Adds the gradients of one position's coefficients and alpha, and the part of t's that goes through u."""
+    spec = positions.spec
+    v, e = positions.shift(position)
+    if alpha is not None and grad_alpha is not None:
+        grad_alpha[:, position] = (of_e * e).sum((0, 2, 3))
+        of_e = of_e * alpha[:, position, None, None]
+    of_v = bounded_shift_slope(v, e, spec).mul_(of_e)
+    u = positions.view(positions.u, position)
+    power = of_v
+    for degree in range(len(border)):
+        grad_border[degree, :, position] = power.sum((0, 2, 3))
+        power = power * u
+    if spec.input_gradient:
+        of_u = _slope_of_polynomial(u, border[:, :, position, None, None]).mul_(of_v)
+        t = positions.view(positions.t, position)
+        of_u.mul_((t > 0) & (t < spec.levels)).mul_(1.0 / spec.levels)
+        positions.view(grad_t, position).add_(of_u)
 
 
 def _slope_of_polynomial(u: Tensor, coefficients: Tensor) -> Tensor:

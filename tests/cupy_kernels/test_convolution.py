@@ -174,14 +174,11 @@ def only(forced: bool) -> AbstractContextManager[None]:
     return reference_only() if forced else nullcontext()
 
 
-HELD = pytest.mark.xfail(strict=True, reason="the reference stacks a gradient of B for every position and image")
-
-
 @pytest.mark.parametrize(
     ("kind", "forced"),
     [
         ("ordinary", False), ("grouped", False), ("depthwise", False), ("ordinary", True), ("grouped", True),
-        pytest.param("depthwise", True, marks=HELD),
+        pytest.param("depthwise", True),
     ],
 )  # fmt: skip
 def test_no_step_holds_the_columns_of_all_images(kind: str, forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +209,6 @@ def test_the_backward_is_given_the_inputs_alone(kind: str) -> None:
     assert set(saved) == {given[name].data_ptr() for name in LEAVES}
 
 
-UNDIVIDED = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="channels that the groups do not divide")
-
-
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [
@@ -224,7 +218,7 @@ UNDIVIDED = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="channels
         ((8, 4, 3, 3), 2),  # channels of a group
         ((7, 2, 3, 3), 2),  # outputs that the groups do not divide
         ((4, 4, 3, 3), 4),
-        pytest.param((3, 1, 3, 3), 3, marks=UNDIVIDED),
+        pytest.param((3, 1, 3, 3), 3),
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(shape: tuple[int, ...], groups: int) -> None:
