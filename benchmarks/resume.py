@@ -3,8 +3,8 @@
     python benchmarks/resume.py --kills 20
 
 A child quantizes the residual example net with ``resume_from``; it is sent SIGKILL after a random part of the time
-that an undisturbed run takes, and started again on the same folder. When a run ends before its kill, its checkpoint
-is compared and the next begins from the start.
+that the latest undisturbed run took, and started again on the same folder. When a run ends before its kill, its
+checkpoint is compared and the next begins from the start.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 RESULTS = Path(__file__).parent / "results" / "resume.json"
-CONFIG = {"weight_bits": 2, "activation_bits": 2, "iterations": 30}
-IMAGES = 256
+CONFIG = {"weight_bits": 2, "activation_bits": 2, "iterations": 20}
+IMAGES = 128
 
 
 def main() -> None:
@@ -47,6 +47,7 @@ def main() -> None:
         kills: list[dict[str, Any]] = []
         digests: list[str] = []
         while len(kills) < options.kills or unfinished(folder):
+            from_start, began = not unfinished(folder), time.monotonic()
             child = start(folder / "blocks", folder / "result.safetensors")
             moment = draw.uniform(0, seconds)
             if len(kills) < options.kills:
@@ -61,6 +62,8 @@ def main() -> None:
                     continue
             if child.wait() != 0:
                 raise SystemExit("a resumed run failed")
+            if from_start:
+                seconds = time.monotonic() - began  # other work on the machine may have gone, or come
             digests.append(digest(folder / "result.safetensors"))
             print("a run ended:", "the same bytes" if digests[-1] == wanted else "OTHER BYTES", flush=True)
             shutil.rmtree(folder / "blocks")
@@ -74,7 +77,7 @@ def main() -> None:
         "seed": options.seed,
         "config": CONFIG,
         "images": IMAGES,
-        "undisturbed": {"seconds": round(seconds, 2), "sha256": wanted},
+        "undisturbed": {"seconds_of_the_latest": round(seconds, 2), "sha256": wanted},
         "kills": kills,
         "ended_runs": len(digests),
         "ended_with_the_same_bytes": digests.count(wanted),
