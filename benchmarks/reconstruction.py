@@ -4,8 +4,8 @@
 
 Each block is learned for a few iterations of a whole schedule by ``aquant_no_border``, by ``aquant``, and by ``aquant``
 on the plain torch reference, in turns within one run; times are medians over the rounds, to be read as ratios. Example
-nets come from ``examples/fashion_mnist``; any name of ``aquant_core.architectures`` serves, too, with random weights
-and random images of its size.
+nets come from ``examples/fashion_mnist``; ``depthwise`` is a chain of depthwise layers, each a block; any name of
+``aquant_core.architectures`` serves, too. Both have random weights and random images.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import aquant_core
@@ -116,6 +117,11 @@ def load(network: str) -> tuple[CapturedModel, torch.Tensor]:
         images = aquant_core.read_images(EXAMPLES / "calibration.npz").images[:64]
         return fold_batch_norm(aquant_core.capture(path, example=images[:2])), images
     torch.manual_seed(0)
+    if network == "depthwise":
+        layers = [nn.Conv2d(96, 96, 3, stride, 1, groups=96) for stride in (1, 2, 1)]
+        chain = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+        images = torch.randn(64, 96, 28, 28)
+        return fold_batch_norm(aquant_core.capture(chain.eval(), example=images[:2])), images
     images = torch.randn(64, 3, 224, 224)
     from aquant_core.architectures import build
 
