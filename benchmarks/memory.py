@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "regnet_x_600mf", "regnet_x_3_2gf", "mnasnet2_0"]
 SIZE = 224
 
 
 def main() -> None:
-    from aquant_core.architectures import architecture_names
     from aquant_core.pipeline import versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=architecture_names())
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--budgets", nargs="+", default=["ample", "none"], choices=["ample", "none"])
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--iterations", type=int, default=2)
