@@ -29,11 +29,16 @@ class FinishedBlocks:
     Args:
         folder: made if it is not there.
         run: JSON values that decide the outcome; blocks of a run with others are refused.
+
+    Raises:
+        ResumeError: ``folder`` is a file.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         self._folder = folder
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        if folder.exists() and not folder.is_dir():
+            raise ResumeError(f"{folder} is a file.", "Give a folder; it is made if it is not there.")
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, index: int, block: Block, model: QuantizedModel, entry: dict[str, Any]) -> None:

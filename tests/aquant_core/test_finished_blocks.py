@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import ResumeError
+from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.pipeline import QuantizationResult, quantize
@@ -332,3 +333,9 @@ def kill_oneself() -> None:
 if __name__ == "__main__":
     with reference_only():
         run(Path(sys.argv[1]), stop_in(2, kill_oneself))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ResumeError, match="is a file"):
+        FinishedBlocks(tmp_path / "file", {})
