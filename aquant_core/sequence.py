@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aquant_core.caches import BlockCache, Cache, Placement
+from aquant_core.caches import BlockCache, Cache
 from aquant_core.evaluation import evaluation_batch_size
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.forecast import BlockForecast, Forecast
@@ -52,26 +52,24 @@ def reconstruct_blocks(
     Returns:
         The report's ``blocks``.
     """
-    sequence = _Sequence(graph, model, images, schedule, seed, resources, tell)
-    sequence.clock = _Clock(forecast)
-    sequence.blocks = sum(bool(block.layers) for block in blocks)
-    done_before = finished is not None
+    sequence = _Sequence(graph, model, images, schedule, seed, forecast, resources, tell)
+    sequence.count = sum(bool(block.layers) for block in blocks)
+    resuming = finished is not None
     for index, (block, expected) in enumerate(zip(blocks, forecast.blocks, strict=True)):
-        sequence.enter(block, expected.placement)
-        entry = None
-        if block.layers and finished is not None and done_before:
-            entry = finished.load(index, block, model, schedule.border)
-            done_before = entry is not None
-        if block.layers and entry is None:
-            entry = sequence.learn(block, expected)
-            sequence.hand_on(block, entry, expected)
+        sequence.enter(block, expected)
+        if not block.layers:
+            sequence.hand_on(block)
+            continue
+        entry = finished.load(index, block, model, schedule.border) if finished is not None and resuming else None
+        if entry is not None:
+            sequence.hand_on(block)
+        else:
+            resuming = False
+            entry = sequence.learn(block)
+            entry |= sequence.hand_on(block)
             if finished is not None:
                 finished.save(index, block, model, entry)
-        else:
-            sequence.hand_on(block, None, expected)
-        if entry is not None:
-            sequence.history.append(entry)
-            sequence.clock.finish(expected, entry["seconds"])
+        sequence.finish(entry)
     return sequence.history
 
 
@@ -85,6 +83,7 @@ class _Sequence:
         images: Tensor,
         schedule: Schedule,
         seed: int,
+        forecast: Forecast,
         resources: Resources,
         tell: OnProgress,
     ) -> None:
@@ -93,26 +92,24 @@ class _Sequence:
         self.batch_size = evaluation_batch_size(images)
         self.noised = self.clean = Cache.of(images, resources.device)
         self.history: list[dict[str, Any]] = []
-        self.blocks = 0
-        self.clock: _Clock
-        self.target: Cache
-        self.placement: Placement = "memory"
+        self.clock = _Clock(forecast)
+        self.count = 0
 
-    def enter(self, block: Block, placement: Placement) -> None:
+    def enter(self, block: Block, expected: BlockForecast) -> None:
         """Makes the block's target from the float network."""
         self.peak, self.started = PeakMemory(self.resources.device), time.monotonic()
-        self.placement = placement
+        self.expected = expected
         self.target = self._through(partial(run_float_block, self.graph, block), self.clean)
 
-    def learn(self, block: Block, expected: BlockForecast) -> dict[str, Any]:
-        """Learns the block; its part of the report."""
+    def learn(self, block: Block) -> dict[str, Any]:
+        """Learns the block; its part of the report, as far as it is known."""
         before = self._error(block)
         return_free_memory()
         number, iterations = len(self.history) + 1, self.schedule.preset.iterations
 
         def on_iteration(step: int, loss: float) -> None:
-            eta = self.clock.seconds_left(expected, (step + 1) / iterations, time.monotonic() - self.started)
-            self.tell(Progress("reconstruct", number, self.blocks, step + 1, iterations, loss, eta))
+            eta = self.clock.seconds_left(self.expected, (step + 1) / iterations, time.monotonic() - self.started)
+            self.tell(Progress("reconstruct", number, self.count, step + 1, iterations, loss, eta))
 
         device = self.resources.device
         generator = torch.Generator(device).manual_seed(_seed_of_block(self.seed, block.name))
@@ -126,26 +123,35 @@ class _Sequence:
             "loss": {"iterations": curve.iterations, "values": curve.losses},
         }
 
-    def hand_on(self, block: Block, entry: dict[str, Any] | None, expected: BlockForecast) -> None:
-        """Makes the block's outputs the next one's inputs; completes ``entry``."""
+    def hand_on(self, block: Block) -> dict[str, Any]:
+        """Makes the block's outputs the next one's inputs; what is known of the block then."""
         self.clean = self.target  # the block's own clean input is needed no more
         return_free_memory()
         error = _Mean()
-        output = self._through(partial(self.model.run_block, block), self.noised, error.add if entry else None)
-        self.noised = output
-        if entry is not None:
-            entry["error_after"] = error.value
-            entry["seconds"] = round(time.monotonic() - self.started, 3)
-            entry["peak_bytes"] = self.peak.read()
-            entry["placement"] = expected.placement
+        self.noised = self._through(partial(self.model.run_block, block), self.noised, error.add)
+        return {
+            "error_after": error.value,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_bytes": self.peak.read(),
+            "placement": self.expected.placement,
+        }
 
+    def finish(self, entry: dict[str, Any]) -> None:
+        """Puts the block into the report."""
+        self.history.append(entry)
+        self.clock.finish(self.expected, entry["seconds"])
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """First and last image (exclusive) of every batch."""
+        images = len(self.noised)
+        for start in range(0, images, self.batch_size):
+            yield start, min(start + self.batch_size, images)
+
+    @torch.no_grad()
     def _error(self, block: Block) -> float:
         error = _Mean()
-        with torch.no_grad():
-            for start in range(0, len(self.noised), self.batch_size):
-                stop = min(start + self.batch_size, len(self.noised))
-                output = self.model.run_block(block, self.noised.read(start, stop))
-                error.add(output, self.target.read(start, stop))
+        for start, stop in self._ranges():
+            error.add(self.model.run_block(block, self.noised.read(start, stop)), self.target.read(start, stop))
         return error.value
 
     @torch.no_grad()
@@ -157,12 +163,11 @@ class _Sequence:
     ) -> Cache:
         """``function`` over all images, batch by batch; each result may be compared with the target."""
         outputs: Cache | None = None
-        for start in range(0, len(inputs), self.batch_size):
-            stop = min(start + self.batch_size, len(inputs))
+        for start, stop in self._ranges():
             result = function(inputs.read(start, stop))
             if outputs is None:
                 shape = torch.Size([len(inputs), *result.shape[1:]])
-                outputs = Cache(shape, self.resources.device, self.placement, self.resources.folder)
+                outputs = Cache(shape, self.resources.device, self.expected.placement, self.resources.folder)
             outputs.write(start, result)
             if compare is not None:
                 compare(result, self.target.read(start, stop))

@@ -43,14 +43,8 @@ def main() -> None:
         row: dict[str, Any] = {}
         for budget in options.budgets:
             argv = [sys.executable, __file__, "--networks", network, "--child", budget]
-            argv += [
-                "--images",
-                str(options.images),
-                "--iterations",
-                str(options.iterations),
-                "--bits",
-                str(options.bits),
-            ]
+            for name in ("images", "iterations", "bits"):
+                argv += [f"--{name}", str(getattr(options, name))]
             row[budget] = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
         logits = {row[budget].pop("logits") for budget in options.budgets}
         if len(options.budgets) > 1:

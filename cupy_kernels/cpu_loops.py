@@ -8,19 +8,17 @@ number of threads changes nothing.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
+from cupy_kernels.cpu_arithmetic import inline, loop, round_to_even, total, total_of_products, use_torchs_threads
 from cupy_kernels.cpu_windows import (
     add_to_elements,
     add_windows,
     elements,
-    inline,
     layout,
-    loop,
     read_windows,
     windows_inside,
     write_windows,
@@ -42,11 +40,9 @@ from cupy_kernels.specification import (
 # float32 constants: a Python float would lift the whole expression to float64.
 _ZERO, _QUARTER, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.25, 0.5, 1.0, 2.0))
 _FACTOR, _LIMIT = np.float32(SCALE_OF_BOUND), np.float32(SIGMOID_LIMIT)
-_MAGIC = np.float32(1.5 * 2**23)
 _P0, _P1, _P2 = np.float32(SIGMOID_P0), np.float32(SIGMOID_P1), np.float32(SIGMOID_P2)
 _Q1, _Q2 = np.float32(SIGMOID_Q1), np.float32(SIGMOID_Q2)
 _STEEP, _STRETCHED, _CLIP = 0, 1, 2
-_MOST_THREADS = numba.get_num_threads()
 _NUMBER_OF_BOUND: dict[Bound, int] = {"steep": _STEEP, "stretched": _STRETCHED, "clip": _CLIP}
 
 
@@ -59,8 +55,7 @@ def _clamp(value, low, high):
 
 @inline()
 def _ceil(value):
-    """ceil of a value well below 2^22: the addition rounds to an integer; np.ceil would be a call for each element."""
-    nearest = (value + _MAGIC) - _MAGIC
+    nearest = round_to_even(value)
     return nearest if nearest >= value else nearest + _ONE
 
 
@@ -189,23 +184,6 @@ def _forward(
                 write_windows(values, pitch, inside, size, out[n, c, position])
 
 
-@loop(fastmath={"reassoc", "nsz"})
-def _sum_of_products(a, b):
-    """A dot product whose order of summation is the compiler's: vectorised, the same on one kind of machine."""
-    total = _ZERO
-    for i in range(a.shape[0]):
-        total += a[i] * b[i]
-    return total
-
-
-@loop(fastmath={"reassoc", "nsz"})
-def _sum(a):
-    total = _ZERO
-    for i in range(a.shape[0]):
-        total += a[i]
-    return total
-
-
 @loop()
 def _backward_of_rounding(t, b, g, factor, zero_point, levels, rounding, of_scale, of_t, of_b):
     """From the gradient of x_hat / factor to those of s (direct part), t and B, element by element."""
@@ -224,15 +202,15 @@ def _backward_of_shifts(t, u, e, of_e, alpha, b, bound, levels, input_gradient, 
     consumed.
     """
     inverse = _ONE / levels
-    sums[3] = _sum_of_products(of_e, e)
+    sums[3] = total_of_products(of_e, e)
     for i in range(e.shape[0]):
         of_e[i] *= alpha
     _multiply_by_slopes(u, e, b, bound, of_e)
-    sums[0] = _sum(of_e)
-    sums[1] = _sum_of_products(of_e, u)
+    sums[0] = total(of_e)
+    sums[1] = total_of_products(of_e, u)
     for i in range(e.shape[0]):
         e[i] = of_e[i] * u[i]
-    sums[2] = _sum_of_products(e, u)
+    sums[2] = total_of_products(e, u)
     if input_gradient:
         b1, twice_b2 = b[1], _TWO * b[2]
         for i in range(e.shape[0]):
@@ -273,7 +251,7 @@ def _backward(
             inside = windows_inside(position, geometry, pads, (height, width), size)
             read_windows(grad[n, c, 0 if summed else position], pitch, inside, size, g)
             _backward_of_rounding(t_here, b, g, scale * tap, zero_point, levels, rounding, of_scale, of_t_here, of_b)
-            direct = _sum_of_products(of_scale, g)
+            direct = total_of_products(of_scale, g)
             sums_of_taps[n, c, position] = direct * scale
             sum_of_scale += np.float64(direct * tap)
             if columns.size > 0:
@@ -309,7 +287,7 @@ def _backward(
             source, target = of_t[row + pads[0], pads[1] : pads[1] + width], grad_x[n, c, row]
             for column in range(width):
                 target[column] = source[column] / scale
-            sum_of_scale -= np.float64(_sum_of_products(target, x[n, c, row]) / scale)
+            sum_of_scale -= np.float64(total_of_products(target, x[n, c, row]) / scale)
         sums_of_scale[n, c] = sum_of_scale
 
 
@@ -326,7 +304,7 @@ def _arguments(
     x: Tensor, scale: Tensor, border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification,
     rounding: float | Tensor, taps: Tensor | None, size: _Size,
 ) -> tuple[object, ...]:  # fmt: skip
-    numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
+    use_torchs_threads()
     channels, positions = x.shape[1], window.positions
     coefficients = np.zeros((channels, 3, positions), np.float32)  # b2 = 0 is the linear form
     if border is not None:

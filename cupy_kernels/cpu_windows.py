@@ -8,15 +8,9 @@ check whether to count from the end.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-# error_model="numpy": without Python's check for a zero divisor the loops vectorise.
-loop: Any = partial(njit, error_model="numpy")
-inline: Any = partial(njit, error_model="numpy", inline="always")
+from cupy_kernels.cpu_arithmetic import inline, loop
 
 _ZERO = np.float32(0)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from cupy_kernels.cpu_windows import inline, loop
+from cupy_kernels.cpu_arithmetic import inline, loop, round_to_even, total, use_torchs_threads
 
 _ZERO, _FIFTH, _FOUR_FIFTHS = np.float32(0), np.float32(0.2), np.float32(0.8)
-_MAGIC = np.float32(1.5 * 2**23)
 _GUESS = np.int32(0.8 * 126.955 * 2**23)
 """Exponent and mantissa of a float, as one integer, are nearly its logarithm: a fifth of it and this, the root's."""
-_MOST_THREADS = numba.get_num_threads()
 
 
 @inline()
@@ -31,18 +28,10 @@ def _power(error):
 @loop()
 def _errors(row, scale, zero_point, levels, errors):
     for i in range(row.shape[0]):
-        q = ((row[i] / scale) + _MAGIC) - _MAGIC + zero_point
+        q = round_to_even(row[i] / scale) + zero_point
         q = levels if q > levels else q
         q = _ZERO if q < _ZERO else q
         errors[i] = _power((q - zero_point) * scale - row[i])
-
-
-@loop(fastmath={"reassoc", "nsz"})
-def _sum(values):
-    total = _ZERO
-    for i in range(values.shape[0]):
-        total += values[i]
-    return total
 
 
 @loop(parallel=True, cache=True)
@@ -51,7 +40,7 @@ def _grid_errors(rows, scales, zero_points, levels, out):
         errors = np.empty_like(rows[row])
         for grid in range(scales.shape[1]):
             _errors(rows[row], scales[row, grid], zero_points[row, grid], levels, errors)
-            out[row, grid] = _sum(errors)
+            out[row, grid] = total(errors)
 
 
 def grid_errors(rows: Tensor, scales: Tensor, zero_points: Tensor, levels: int) -> Tensor:
@@ -65,7 +54,7 @@ def grid_errors(rows: Tensor, scales: Tensor, zero_points: Tensor, levels: int) 
     Returns:
         (O, G).
     """
-    numba.set_num_threads(min(torch.get_num_threads(), _MOST_THREADS))
+    use_torchs_threads()
     out = torch.empty(scales.shape)
     arrays = (tensor.contiguous().numpy() for tensor in (rows, scales, zero_points))
     _grid_errors(*arrays, np.float32(levels), out.numpy())

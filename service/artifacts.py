@@ -171,3 +171,8 @@ class _RangeReader(io.RawIOBase):
 def job_prefix(job_id: str) -> str:
     """Where everything of one job is kept."""
     return f"jobs/{job_id}/"
+
+
+def blocks_prefix(job_id: str) -> str:
+    """Where a job's finished blocks are kept for its next attempt; to be deleted when the job has ended."""
+    return f"{job_prefix(job_id)}blocks/"

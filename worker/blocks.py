@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from service.artifacts import Artifacts, job_prefix
+from service.artifacts import Artifacts, blocks_prefix
 
 
 class BlockStore:
@@ -17,7 +17,7 @@ class BlockStore:
     def __init__(self, job_id: str, folder: Path, artifacts: Artifacts) -> None:
         self.folder = folder
         # Another version may learn differently; its attempt begins from the start.
-        self._prefix = f"{job_prefix(job_id)}blocks/{version('aquant-service')}/"
+        self._prefix = f"{blocks_prefix(job_id)}{version('aquant-service')}/"
         self._artifacts = artifacts
         self._stored: set[str] = set()
         folder.mkdir()
@@ -35,8 +35,3 @@ class BlockStore:
             if path.name not in self._stored:
                 self._artifacts.put_file(self._prefix + path.name, path)
                 self._stored.add(path.name)
-
-
-def discard_blocks(job_id: str, artifacts: Artifacts) -> None:
-    """Removes a job's finished blocks, once it has ended."""
-    artifacts.delete_prefix(f"{job_prefix(job_id)}blocks/")

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
-from service.artifacts import Artifacts
+from service.artifacts import Artifacts, blocks_prefix
 from service.jobs.database import open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
@@ -22,7 +22,7 @@ from service.jobs.schemas import Problem
 from service.jobs.states import FINISHED, JobState
 from service.settings import Settings
 from worker.admission import IntakeFailedError, IntakeLostError, admit
-from worker.blocks import BlockStore, discard_blocks
+from worker.blocks import BlockStore
 from worker.celery_app import app, settings
 from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
 from worker.presence import worker_name
@@ -58,7 +58,7 @@ class JobRunner:
         ):
             state = self._attempt(job, claim, lease, folder)
         if state in FINISHED:
-            discard_blocks(job_id, self._artifacts)
+            self._artifacts.delete_prefix(blocks_prefix(job_id))
         log.info("job %s: attempt %d ends: %s", job_id, claim.attempt, state or "lost to another attempt")
         return state
 

@@ -15,7 +15,7 @@ from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.problems import RESPONSE
 from service.api.uploads import REMEDY, FormStream
-from service.artifacts import Stored, job_prefix
+from service.artifacts import Stored, blocks_prefix, job_prefix
 from service.jobs.errors import FormError, ServiceError
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, JobPage
@@ -154,7 +154,10 @@ async def show(
 def cancel(parts: PartsDep, job_id: str) -> JobDocument:
     """Stop a job: a queued one at once, a running one at its next step."""
     with parts.sessions.begin() as session:
-        return describe(JobRepository(session).cancel(job_id))
+        document = describe(JobRepository(session).cancel(job_id))
+    if document.finished:  # it was between two attempts: no worker will clear up
+        parts.artifacts.delete_prefix(blocks_prefix(job_id))
+    return document
 
 
 @router.delete("/jobs/{job_id}", status_code=204)

@@ -10,11 +10,11 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts, job_prefix
+from service.artifacts import Artifacts, blocks_prefix, job_prefix
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
-from service.jobs.states import JobState
+from service.jobs.states import FINISHED, JobState
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class Reaper:
                 log.warning("job %s lost its worker in attempt %d and is now %s", job_id, attempt, state)
             if state == JobState.QUEUED:
                 self._announce(job_id)
+            elif state in FINISHED:
+                self._artifacts.delete_prefix(blocks_prefix(job_id))
 
     def announce_forgotten(self) -> None:
         """Announce anew what is queued in the database while the broker has no message waiting."""

@@ -1,11 +1,11 @@
-"""Finished blocks reach the next attempt, and go when the job has ended."""
+"""Finished blocks reach the next attempt, each stored once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from service.artifacts import Artifacts, job_prefix
-from worker.blocks import BlockStore, discard_blocks
+from worker.blocks import BlockStore
 
 
 def test_the_next_attempt_finds_what_was_finished(tmp_path: Path, artifacts: Artifacts) -> None:
@@ -36,12 +36,3 @@ def test_each_file_is_stored_once(tmp_path: Path, artifacts: Artifacts) -> None:
     blocks.store()
     (key,) = artifacts.keys(job_prefix("job"))
     assert artifacts.get_bytes(key) == b"zero"
-
-
-def test_nothing_is_left_of_an_ended_job(tmp_path: Path, artifacts: Artifacts) -> None:
-    blocks = BlockStore("job", tmp_path / "blocks", artifacts)
-    (blocks.folder / "block-0000.safetensors").write_bytes(b"zero")
-    blocks.store()
-    discard_blocks("job", artifacts)
-    discard_blocks("job", artifacts)
-    assert artifacts.keys(job_prefix("job")) == []

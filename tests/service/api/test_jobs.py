@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from httpx import Client, Response
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.artifacts import Artifacts, blocks_prefix
 from service.jobs.queue import JobQueue
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
@@ -170,15 +171,45 @@ def test_list_pages_by_following_next(submit: Submit, web: Client) -> None:
     assert web.get("/jobs?state=asleep").json()["code"] == "request_invalid"
 
 
+def test_an_ended_job_has_no_seconds_left(submit: Submit, web: Client, sessions: sessionmaker[Session]) -> None:
+    location = submit().headers["location"]
+    with sessions.begin() as session:
+        repository = JobRepository(session)
+        claim = repository.claim(location.rpartition("/")[2], "me", timedelta(minutes=1))
+        assert claim is not None
+        forecast = {"seconds": 9.0, "peak_bytes": 2, "blocks": []}
+        repository.renew(claim, timedelta(minutes=1), "reconstruct", {"eta_seconds": 7.5, "forecast": forecast})
+    assert web.get(location).json()["progress"]["eta_seconds"] == 7.5
+    with sessions.begin() as session:
+        JobRepository(session).finish(
+            claim, JobState.FAILED, "reconstruct", {"title": "", "code": "", "detail": "", "remedy": ""}
+        )
+    progress = web.get(location).json()["progress"]
+    assert progress["eta_seconds"] is None
+    assert progress["forecast"] == forecast
+
+
 def test_cancel_and_delete(submit: Submit, web: Client, settings: Settings, sessions: sessionmaker[Session]) -> None:
     queued, running = submit().headers["location"], submit().headers["location"]
     with sessions.begin() as session:
         JobRepository(session).claim(running.rpartition("/")[2], "me", timedelta(minutes=1))
+    artifacts = Artifacts(settings.artifacts)
+    for job in (queued, running):  # as an earlier attempt leaves them
+        block = settings.data_dir / "block"
+        block.write_bytes(b"learned")
+        artifacts.put_file(blocks_prefix(job.rpartition("/")[2]) + "0", block)
     assert web.post(f"{queued}/cancel").json()["state"] == "cancelled"
-    assert web.delete(running).json()["code"] == "job_state_conflict"
+    assert artifacts.keys(blocks_prefix(queued.rpartition("/")[2])) == []
+    assert "Ask again" not in web.get(f"{queued}/report").json()["remedy"]
+    assert "error" not in web.get(f"{queued}/report").json()["remedy"]  # a cancelled job has none
+    remedy = web.delete(running).json()
+    assert remedy["code"] == "job_state_conflict"
+    assert "Cancel it first" in remedy["remedy"]
     answer = web.post(f"{running}/cancel")
     assert (answer.status_code, answer.json()["state"]) == (202, JobState.CANCELLING)
-    assert web.delete(running).status_code == 409
+    assert artifacts.keys(blocks_prefix(running.rpartition("/")[2])) != []  # its worker still holds it
+    answer = web.delete(running)
+    assert (answer.status_code, answer.json()["remedy"]) == (409, "Delete it once it has stopped.")
     assert web.delete(queued).status_code == 204
     assert web.get(queued).status_code == 404
     assert web.delete(queued).json()["code"] == "job_not_found"

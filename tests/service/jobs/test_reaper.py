@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts
+from service.artifacts import Artifacts, blocks_prefix
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.reaper import ORPHAN_SECONDS, Reaper
 from service.jobs.repository import JobRepository, now
@@ -26,10 +27,18 @@ def reaper(settings: Settings, sessions: Sessions, queue: JobQueue, artifacts: A
 
 
 def test_job_of_a_silent_worker_goes_back_to_the_queue_then_fails(
-    reaper: Reaper, sessions: Sessions, queue: JobQueue, add_job: Callable[[], str]
+    reaper: Reaper,
+    sessions: Sessions,
+    queue: JobQueue,
+    artifacts: Artifacts,
+    add_job: Callable[[], str],
+    tmp_path: Path,
 ) -> None:
     job_id = add_job()
+    (tmp_path / "block").write_bytes(b"learned")
+    artifacts.put_file(blocks_prefix(job_id) + "0", tmp_path / "block")
     for attempt in (1, 2, 3):
+        assert artifacts.keys(blocks_prefix(job_id)) != []  # for the next attempt
         with sessions.begin() as session:
             assert JobRepository(session).claim(job_id, "dead", timedelta(seconds=-1)) is not None
         reaper.round()
@@ -40,6 +49,7 @@ def test_job_of_a_silent_worker_goes_back_to_the_queue_then_fails(
         assert job.error is not None
         assert job.error["code"] == "worker_lost"
         assert "3 times" in job.error["detail"]
+    assert artifacts.keys(blocks_prefix(job_id)) == []
 
 
 def test_unannounced_job_is_announced_once(
