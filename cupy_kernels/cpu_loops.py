@@ -25,6 +25,7 @@ from cupy_kernels.cpu_windows import (
 )
 from cupy_kernels.reference import Gradients
 from cupy_kernels.specification import (
+    NUMBER_OF_BOUND,
     SCALE_OF_BOUND,
     SIGMOID_LIMIT,
     SIGMOID_P0,
@@ -33,7 +34,6 @@ from cupy_kernels.specification import (
     SIGMOID_Q1,
     SIGMOID_Q2,
     BorderSpecification,
-    Bound,
     Window,
 )
 
@@ -42,8 +42,7 @@ _ZERO, _QUARTER, _HALF, _ONE, _TWO = (np.float32(value) for value in (0.0, 0.25,
 _FACTOR, _LIMIT = np.float32(SCALE_OF_BOUND), np.float32(SIGMOID_LIMIT)
 _P0, _P1, _P2 = np.float32(SIGMOID_P0), np.float32(SIGMOID_P1), np.float32(SIGMOID_P2)
 _Q1, _Q2 = np.float32(SIGMOID_Q1), np.float32(SIGMOID_Q2)
-_STEEP, _STRETCHED, _CLIP = 0, 1, 2
-_NUMBER_OF_BOUND: dict[Bound, int] = {"steep": _STEEP, "stretched": _STRETCHED, "clip": _CLIP}
+_STEEP, _STRETCHED = NUMBER_OF_BOUND["steep"], NUMBER_OF_BOUND["stretched"]
 
 
 @inline()
@@ -313,7 +312,7 @@ def _arguments(
     weights, multipliers = (ones if t is None else np.ascontiguousarray(t.detach().numpy()) for t in (alpha, taps))
     return (
         np.float32(scale.item()), np.float32(spec.zero_point), np.float32(spec.levels), coefficients, weights,
-        border is not None, spec.fused, _NUMBER_OF_BOUND[spec.bound], np.float32(float(rounding)), window.padding,
+        border is not None, spec.fused, NUMBER_OF_BOUND[spec.bound], np.float32(float(rounding)), window.padding,
         (window.kernel_size[1], *window.stride, *window.dilation), size, multipliers, taps is not None,
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
-"""The one door to border quantization: a differentiable operator, and the choice of who computes it."""
+"""The one door to border quantization, learned and applied: the operators, and the choice of who computes them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cupy_kernels import reference
+from cupy_kernels import operators, reference
+from cupy_kernels.packing import PackedLayer, Route, route_of
 from cupy_kernels.specification import BorderSpecification, Window
 
 _forced_reference = False
@@ -29,17 +32,32 @@ def reference_only() -> Iterator[None]:
 
 
 def implementation(x: Tensor) -> ModuleType:
-    """The module that computes for ``x``: fused loops for fp32 on a CPU with numba, else the reference."""
-    if (
-        not _forced_reference
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and importlib.util.find_spec("numba") is not None
-    ):
+    """The module that computes for ``x``: for fp32 kernels on a GPU with CuPy and fused loops on a CPU with numba, else
+    the reference.
+    """
+    if _forced_reference or x.dtype != torch.float32:
+        return reference
+    if x.is_cuda and kernels_available():
+        return operators
+    if x.device.type == "cpu" and importlib.util.find_spec("numba") is not None:
         from cupy_kernels import cpu_loops
 
         return cpu_loops
     return reference
+
+
+@functools.cache
+def kernels_available() -> bool:
+    """Whether CuPy is there to compile the kernels; if not, says so once."""
+    if importlib.util.find_spec("cupy") is not None:
+        return True
+    warnings.warn(
+        "CuPy is not installed, so plain torch computes on the GPU, several times slower: "
+        "pip install 'aquant-service[gpu]'.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return False
 
 
 class _BorderColumns(torch.autograd.Function):
@@ -124,3 +142,39 @@ def border_codes(
 ) -> Tensor:
     """The integer codes behind ``border_columns``, uint8 (N, C K, L)."""
     return reference.codes(x, scale, border, alpha, window, spec)
+
+
+def integer_route(weight_shape: torch.Size, groups: int, device: torch.device) -> Route:
+    """Who computes an integer convolution best on ``device``: (O, C / groups, k_y, k_x)."""
+    by_kernel = device.type == "cuda" and not _forced_reference and kernels_available()
+    return route_of(weight_shape, groups) if by_kernel else "reference"
+
+
+def integer_convolution(x: Tensor, layer: PackedLayer, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A convolution of quantized inputs in integers (``integer_reference.convolution``), by the layer's route.
+
+    Args:
+        x: (N, C, H, W) fp16 or fp32, any layout.
+        layer: packed for x's dtype, on x's device.
+        residual: (N, O, H_out, W_out) of x's dtype, added before ReLU.
+        relu: whether negative outputs become 0.
+
+    Returns:
+        (N, O, H_out, W_out) of x's dtype; channels last where a kernel of ours multiplies, else of x's layout.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, named.
+    """
+    if x.dim() != 4 or x.dtype not in (torch.float16, torch.float32) or x.shape[1] != layer.channels:
+        raise ValueError(f"x must be float16 or float32 (N, {layer.channels}, H, W), not {x.dtype} {tuple(x.shape)}")
+    if x.device != layer.weight.device:
+        raise ValueError(f"x is on {x.device}, the layer on {layer.weight.device}")
+    if layer.thresholds is not None and layer.thresholds.dtype != x.dtype:
+        raise ValueError(f"the layer was packed for {layer.thresholds.dtype}, x is {x.dtype}")
+    shape = (len(x), layer.out_channels, *layer.window.output_size(x.shape[2], x.shape[3]))
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(
+            f"residual must be {x.dtype} {shape} on {x.device}, not {residual.dtype} {tuple(residual.shape)} on "
+            f"{residual.device}"
+        )
+    return operators.packed_convolution(x, layer, residual, relu)

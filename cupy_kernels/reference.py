@@ -150,11 +150,14 @@ def codes(
     window: Window,
     spec: BorderSpecification,
 ) -> Tensor:
-    """Integer codes q of all im2col slots, uint8 (N, C K, L); a padded slot's code is z, so exactly 0."""
+    """Integer codes q of all im2col slots, uint8 (N, C K, L); a padded slot's code is z, so exactly 0.
+
+    A NaN gets the code 0, and with a fused border so does the rest of its channel's window, padding aside.
+    """
     positions = _Positions(x, scale, border, window, spec)
     out = x.new_empty(*x.shape[:2], window.positions, *positions.size, dtype=torch.uint8)
     for position, b in enumerate(positions.borders(alpha)):
-        q = (positions.view(positions.t, position) - b).ceil_().clamp_(0, spec.levels)
+        q = (positions.view(positions.t, position) - b).ceil_().clamp_(0, spec.levels).nan_to_num_(0.0)
         padding = positions.view(positions.inside, position) == 0
         out[:, :, position] = q.masked_fill_(padding, spec.zero_point).to(torch.uint8)
     return out.reshape(x.shape[0], x.shape[1] * window.positions, -1)

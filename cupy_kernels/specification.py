@@ -7,6 +7,9 @@ from typing import Literal
 
 Bound = Literal["steep", "stretched", "clip"]
 
+NUMBER_OF_BOUND: dict[Bound, int] = {"steep": 0, "stretched": 1, "clip": 2}
+"""By which compiled code knows it."""
+
 # sigmoid(w) - 1/2 as one fixed sequence of fp32 operations, so that equal inputs give equal codes
 # on every device:
 #   w := clip(w, -LIMIT, LIMIT);  z := w w;  (w ((p2 z + p1) z + p0)) / ((q2 z + q1) z + 1)

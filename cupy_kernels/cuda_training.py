@@ -1,0 +1,120 @@
+"""Border quantization for reconstruction on a GPU: each direction one fused kernel, ``reference``'s signatures."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cupy_kernels.compilation import launch
+from cupy_kernels.reference import Gradients
+from cupy_kernels.specification import NUMBER_OF_BOUND, BorderSpecification, Window
+
+_SUMS = 5
+"""Of b0, b1, b2, alpha and the tap, by position."""
+
+SHARED_MAP_BYTES = 96 << 10
+"""Up to here the plane of x's gradient is built in shared memory: what every architecture since sm_80 grants."""
+
+
+def border_constants(
+    border: Tensor | None, alpha: Tensor | None, window: Window, spec: BorderSpecification
+) -> dict[str, int]:
+    """What ``border.cuh`` asks for."""
+    return {
+        "KERNEL_HEIGHT": window.kernel_size[0],
+        "KERNEL_WIDTH": window.kernel_size[1],
+        "BORDERED": border is not None,
+        "TERMS": 3 if border is None else len(border),
+        "BOUND": NUMBER_OF_BOUND[spec.bound],
+        "FUSED": border is not None and spec.fused,
+        "LEARNED_ALPHA": alpha is not None,
+    }
+
+
+def geometry(x: Tensor, window: Window) -> list[int]:
+    """The arguments that ``border.cuh`` names GEOMETRY."""
+    images, channels, height, width = x.shape
+    return [
+        images, channels, height, width, *window.output_size(height, width), *window.stride, *window.padding,
+        *window.dilation,
+    ]  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    window: Window,
+    spec: BorderSpecification,
+    rounding: float | Tensor,
+    taps: Tensor | None = None,
+) -> Tensor:
+    """``reference.forward`` for fp32 tensors on a GPU; ``rounding`` is 1 or a tensor."""
+    x = x.contiguous()
+    places = geometry(x, window)
+    windows = places[4] * places[5]
+    rows = window.positions if taps is None else 1
+    out = x.new_empty(x.shape[0], x.shape[1] * rows, windows)
+    given = rounding if isinstance(rounding, Tensor) else None
+    constants = border_constants(border, alpha, window, spec) | {"ROUNDED": given is None, "SUMMED": taps is not None}
+    tensors = [x, scale, *_contiguous(border, alpha), given, *_contiguous(taps), out]
+    grid = (math.ceil(x.shape[0] * windows / 256), x.shape[1])
+    launch("border_columns.cu", constants, grid, 256, [*tensors, *places, float(spec.levels), float(spec.zero_point)])
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    window: Window,
+    spec: BorderSpecification,
+    rounding: float | Tensor,
+    taps: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Gradients:
+    """``reference.backward``; the same inputs give the same bits."""
+    x, grad = x.contiguous(), grad.contiguous()
+    images, channels, height, width = x.shape
+    places = geometry(x, window)
+    windows, plane_bytes = places[4] * places[5], 4 * height * width
+    grad_x = torch.empty_like(x)
+    of_scale = x.new_empty(images, channels, dtype=torch.float64)
+    sums = x.new_empty(images, channels, window.positions, _SUMS)
+    given = rounding if isinstance(rounding, Tensor) else None
+    in_shared_memory = plane_bytes <= SHARED_MAP_BYTES
+    constants = border_constants(border, alpha, window, spec) | {
+        "ROUNDED": given is None,
+        "SUMMED": taps is not None,
+        "INPUT_GRADIENT": spec.input_gradient,
+        "WRITE_COLUMNS": columns is not None,
+        "SHARED_MAP": in_shared_memory,
+    }
+    tensors = [
+        grad, x, scale, *_contiguous(border, alpha), given, *_contiguous(taps), grad_x, of_scale, sums, columns
+    ]  # fmt: skip
+    launch(
+        "border_gradients.cu",
+        constants,
+        (images * channels,),
+        min(32 * math.ceil(windows / 32), 256),
+        [*tensors, *places, float(spec.levels), float(spec.zero_point)],
+        plane_bytes if in_shared_memory else 0,
+    )
+    summed = sums.sum(0)  # (C, K, SUMS)
+    return Gradients(
+        grad_x,
+        of_scale.sum().to(scale.dtype),
+        None if border is None else summed[:, :, : len(border)].permute(2, 0, 1).contiguous(),
+        None if alpha is None else summed[:, :, 3].contiguous(),
+        None if taps is None else summed[:, :, 4].contiguous(),
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

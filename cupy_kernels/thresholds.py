@@ -1,0 +1,75 @@
+"""The border without fusion as thresholds: a code is the number of thresholds below x, and no border is evaluated.
+
+x -> q rises where t - B(t) does, that is where dB/dt < 1: then 2^M - 1 values of x, found once, say it all. Over fp16
+inputs the result equals direct evaluation, since neighbouring fp16 values lie further apart than fp32 rounding reaches;
+over fp32 inputs it may differ within a few units in the last place of a threshold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cupy_kernels.reference import bounded_shift
+from cupy_kernels.specification import SCALE_OF_BOUND, BorderSpecification
+
+MOST_LEVELS = 15
+"""Up to 4 bits: beyond that comparing costs more than evaluating."""
+
+STEEPEST = 0.99
+"""Of dB/dt; the rest is for rounding."""
+
+
+def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
+    """Whether thresholds can stand for the border: no fusion, at most 4 bits, dB/dt below 1 everywhere.
+
+    Args:
+        border: (P, C, K).
+        spec: bits, zero-point and the border's switches.
+    """
+    if spec.fused or spec.levels > MOST_LEVELS:
+        return False
+    b1, b2 = border[1], border[2] if len(border) == 3 else torch.zeros_like(border[1])
+    slope = torch.maximum(b1, b1 + 2 * b2).clamp(min=0)  # of v in u, greatest at an end of [0, 1]
+    steepest = 1.0 if spec.bound == "clip" else SCALE_OF_BOUND / 4
+    return bool((slope * (steepest / spec.levels) < STEEPEST).all())
+
+
+def derive(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torch.dtype) -> Tensor:
+    """Thresholds by position, level and channel: the largest x whose code is at most the level.
+
+    Args:
+        border: (P, C, K), for which ``has_thresholds``.
+        scale: s, scalar tensor.
+        spec: as above.
+        dtype: of x: float16 or float32.
+
+    Returns:
+        (K, 2^M - 1, C) of ``dtype``; the code of x is how many of a channel's it exceeds.
+    """
+    integers = torch.int16 if dtype == torch.float16 else torch.int32
+    infinity = torch.tensor(torch.inf, dtype=dtype, device=border.device).view(integers).to(torch.int64)
+    _, channels, positions = border.shape
+    level = torch.arange(spec.levels, device=border.device)[:, None]  # (Q, 1)
+    # Signed distances from 0 in units in the last place: low has a code of at most the level, high a greater one.
+    low = (-infinity).expand(positions, spec.levels, channels).clone()
+    high = -low
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        above = codes_of(_values(middle, dtype, integers), border, scale, spec) > level
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return _values(low, dtype, integers)
+
+
+def _values(distances: Tensor, dtype: torch.dtype, integers: torch.dtype) -> Tensor:
+    return torch.where(distances < 0, -1.0, 1.0).to(dtype) * distances.abs().to(integers).view(dtype)
+
+
+def codes_of(x: Tensor, border: Tensor, scale: Tensor, spec: BorderSpecification) -> Tensor:
+    """Codes by direct evaluation: (K, ..., C) values of x, each with the border of its position and channel."""
+    shape = (border.shape[2], *[1] * (x.dim() - 2), border.shape[1])
+    b = [coefficient.t().reshape(shape) for coefficient in border]
+    t = (x.float() / scale + spec.zero_point).clamp_(-2.0, spec.levels + 2.0)
+    u = t.clamp(0, spec.levels).mul_(1.0 / spec.levels)
+    v = (u * b[2] + b[1]) * u + b[0] if len(b) == 3 else u * b[1] + b[0]
+    return (t - (bounded_shift(v, spec) + 0.5)).ceil_().clamp_(0, spec.levels)
