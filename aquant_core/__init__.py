@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from aquant_core.pipeline import QuantizationResult, quantize
     from aquant_core.progress import Progress
     from aquant_core.resources import Resources
+    from aquant_core.runtime import IntegerModel
 
 _MODULE_OF_NAME = {
     "CapturedModel": "graph",
     "ImageSet": "images",
+    "IntegerModel": "runtime",
     "Progress": "progress",
     "QuantizationConfig": "config",
     "QuantizationResult": "pipeline",
@@ -35,6 +37,7 @@ _MODULE_OF_NAME = {
 __all__ = [
     "CapturedModel",
     "ImageSet",
+    "IntegerModel",
     "Progress",
     "QuantizationConfig",
     "QuantizationResult",

@@ -93,7 +93,7 @@ class QuantizedLayer(nn.Module):
         weight = self.float_weight if self.weight is None else self.weight()
         if self.op == "linear":
             return F.linear(self._quantized_pixels(x), weight, self.bias)
-        if self._border_by_position:
+        if self.has_border_by_position and self._rounds:
             return self._convolve_columns(x, weight)
         return F.conv2d(
             self._quantized_pixels(x),
@@ -106,16 +106,17 @@ class QuantizedLayer(nn.Module):
         )
 
     @property
-    def _border_by_position(self) -> bool:
+    def has_border_by_position(self) -> bool:
         """Whether a pixel's code depends on where in the window it stands."""
-        return self.border is not None and self.border.coefficients.shape[2] > 1 and self._rounds
+        return self.border is not None and self.border.coefficients.shape[2] > 1
 
     @property
     def _rounds(self) -> bool:
         """Whether the rounding schedule has left 0."""
         return isinstance(self.rounding, Tensor) or self.rounding > 0
 
-    def _specification(self, fused: bool) -> BorderSpecification:
+    def specification(self, fused: bool) -> BorderSpecification:
+        """The static part of its activation quantization."""
         config = self.border_config
         levels = largest_code(self.activation_bits)
         return BorderSpecification(levels, self.zero_point, config.bound, fused, config.input_gradient)
@@ -134,7 +135,7 @@ class QuantizedLayer(nn.Module):
         if self.border is not None and self._rounds:
             border = self.border.coefficients
         maps = x if self.op == "conv2d" else x.reshape(-1, features, 1, 1)
-        spec = self._specification(fused=False)
+        spec = self.specification(fused=False)
         quantized = border_columns(maps, scale, border, None, Window(), spec, self.rounding).reshape(x.shape)
         return quantized if self.dropping is None else self.dropping(quantized, x)
 
@@ -142,7 +143,7 @@ class QuantizedLayer(nn.Module):
         """The border by position of the window, and the product with the weight."""
         assert self.border is not None
         assert self.activation_scale is not None
-        spec = self._specification(self.border_config.fusion == "channel_mean")
+        spec = self.specification(self.border_config.fusion == "channel_mean")
         return border_convolution(
             x,
             self.activation_scale,

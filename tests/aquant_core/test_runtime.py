@@ -1,0 +1,206 @@
+"""Integer inference of whole networks: the same numbers as the simulation, fused where that is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import aquant_core
+from aquant_core.capture_model import capture
+from aquant_core.config import QuantizationConfig
+from aquant_core.fold import fold_batch_norm
+from aquant_core.graph import Node
+from aquant_core.images import ImageSet
+from aquant_core.model import QuantizedModel, quantize_to_nearest
+from aquant_core.pipeline import quantize
+from aquant_core.runtime import IntegerModel, fused_nodes
+
+IMAGES = torch.rand(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Convolutions of three kinds, a strided shortcut, a ReLU6 and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, 2, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=2, dilation=2, groups=2)
+        self.downsample = nn.Conv2d(8, 12, 1, 2)
+        self.last = nn.Conv2d(12, 12, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.grouped(nn.functional.relu6(self.depthwise(x))) + self.downsample(x))
+        x = torch.relu(x + self.last(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def learned(**changes: Any) -> QuantizedModel:
+    torch.manual_seed(0)
+    config = {"weight_bits": 3, "activation_bits": 3, "iterations": 12, "preset": "smoke"} | changes
+    model: QuantizedModel = quantize(Net().eval(), ImageSet(IMAGES), QuantizationConfig(**config)).model
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"border": {"form": "linear", "alpha": "learned", "bound": "stretched"}},
+        {"border": {"fusion": "none", "bound": "clip"}},
+        {"border": {"fusion": "none", "granularity": "channel"}},
+        {"method": "nearest"},
+        {"weight_bits": 8, "activation_bits": 8},
+        {"layers": {"grouped": {"weight_bits": 32}, "last": {"activation_bits": 32}}},
+    ],
+)
+def test_logits_are_the_simulation_s(changes: dict[str, Any]) -> None:
+    model = learned(**changes)
+    expected = model(IMAGES).detach()
+    # The sums are exact here and rounded there, which may move an activation across a border; not so on these images.
+    torch.testing.assert_close(IntegerModel(model)(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_stays_near_and_returns_fp32() -> None:
+    model = learned(weight_bits=8, activation_bits=8)
+    logits = IntegerModel(model, dtype=torch.float16)(IMAGES.double())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model(IMAGES).detach(), rtol=0, atol=0.05)
+
+
+def test_a_loaded_checkpoint_runs(tmp_path: Path) -> None:
+    result = quantize(
+        Net().eval(), ImageSet(IMAGES), QuantizationConfig(weight_bits=4, activation_bits=4, iterations=2)
+    )
+    result.save(tmp_path / "quantized.safetensors")
+    loaded = aquant_core.load(tmp_path / "quantized.safetensors")
+    assert torch.equal(aquant_core.IntegerModel(loaded)(IMAGES), IntegerModel(result.model)(IMAGES))
+
+
+def test_every_quantized_layer_runs_on_integers() -> None:
+    network = IntegerModel(learned())
+    assert set(network.layers) == {"stem", "depthwise", "grouped", "downsample", "last", "fc"}
+    for layer in network.layers.values():
+        assert layer.weight.dtype == torch.int16
+        assert layer.constant.dtype == torch.int32
+
+
+def test_what_is_not_quantized_is_simulated_and_the_model_left_alone() -> None:
+    model = learned(layers={"grouped": {"weight_bits": 32}})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = IntegerModel(model, dtype=torch.float16)
+    network(IMAGES)
+    assert "grouped" not in network.layers
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_refusals() -> None:
+    model = learned()
+    with pytest.raises(ValueError, match=r"float16 or float32, not in torch\.bfloat16"):
+        IntegerModel(model, dtype=torch.bfloat16)
+
+
+def test_a_layer_too_wide_for_int32_is_named() -> None:
+    wide = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 95 * 95, 2))
+    images = torch.rand(2, 3, 97, 97)
+    graph = fold_batch_norm(capture(wide.eval(), example=images))
+    model = quantize_to_nearest(graph, images, QuantizationConfig(weight_bits=8, activation_bits=8))
+    with pytest.raises(ValueError, match=r"Layer '2': 36100 products of codes up to 255 and 255 do not fit into int32"):
+        IntegerModel(model)
+
+
+def chain(*nodes: tuple[str, str, tuple[str, ...]]) -> list[Node]:
+    return [Node(name, op, inputs) for name, op, inputs in nodes]
+
+
+def names(nodes: list[Node]) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(node.name, node.op, node.inputs) for node in nodes]
+
+
+def test_residual_and_relu_are_fused_into_the_later_convolution() -> None:
+    nodes = chain(
+        ("a", "conv2d", ("input",)), ("r", "relu", ("a",)), ("b", "conv2d", ("r",)), ("c", "conv2d", ("r",)),
+        ("sum", "add", ("b", "c")), ("out", "relu", ("sum",)), ("pool", "flatten", ("out",)),
+    )  # fmt: skip
+    fused = fused_nodes(nodes, {"a", "b", "c"})
+    assert names(fused) == [
+        ("r", "integer_layer", ("input",)), ("b", "integer_layer", ("r",)), ("out", "integer_layer", ("r", "b")),
+        ("pool", "flatten", ("out",)),
+    ]  # fmt: skip
+    assert [node.attributes.get("relu") for node in fused] == [True, False, True, None]
+    assert fused[2].attributes["layer"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why"),
+    [
+        (chain(("a", "conv2d", ("input",)), ("r", "relu", ("a",)), ("s", "add", ("r", "a"))), "read twice"),
+        (chain(("a", "conv2d", ("input",)), ("p", "flatten", ("input",)), ("s", "add", ("a", "p"))), "residual later"),
+        (chain(("a", "conv2d", ("input",)), ("s", "add", ("a", "a"))), "added to itself"),
+        (chain(("f", "linear", ("input",)), ("s", "add", ("f", "input"))), "a linear layer"),
+        (chain(("a", "conv2d", ("input",)), ("s", "add", ("a",))), "a constant is added"),
+        (chain(("a", "conv2d", ("input",)), ("s", "sub", ("a", "input"))), "no addition"),
+        (chain(("a", "conv2d", ("input",)), ("s", "relu6", ("a",))), "no ReLU"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_fused_stays(nodes: list[Node], why: str) -> None:
+    del why
+    fused = fused_nodes(nodes, {"a", "f"})
+    assert [node.name for node in fused] == [node.name for node in nodes]
+    assert [node.inputs for node in fused] == [node.inputs for node in nodes]
+
+
+class Broadcast(nn.Module):
+    """Adds a (N, C, 1, 1) map to a (N, C, H, W) one, the narrow one first or last."""
+
+    def __init__(self, convolution_is_narrow: bool) -> None:
+        super().__init__()
+        self.conv, self.narrow = nn.Conv2d(3, 3, 1), convolution_is_narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean((2, 3), keepdim=True)
+        return torch.relu(x + self.conv(means) if self.narrow else means + self.conv(x)).flatten(1)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_broadcast_addition_is_done_outside_the_layer(narrow: bool) -> None:
+    graph = fold_batch_norm(capture(Broadcast(narrow).eval(), example=IMAGES))
+    model = quantize_to_nearest(graph, IMAGES, QuantizationConfig(weight_bits=8, activation_bits=8))
+    torch.testing.assert_close(IntegerModel(model)(IMAGES), model(IMAGES).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gpu_logits_equal_the_reference_s(dtype: torch.dtype) -> None:
+    model = learned()
+    expected = IntegerModel(model, "cpu", dtype)(IMAGES)
+    network = IntegerModel(model, "cuda", dtype)
+    assert {layer.route for layer in network.layers.values()} == {"columns", "depthwise"}
+    found = network(IMAGES).cpu()
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+    # Integer layers agree bit for bit; the mean before the classifier is summed in another order.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_replays_the_network() -> None:
+    network = IntegerModel(learned(), "cuda")
+    static = IMAGES.cuda().half()
+    for _ in range(2):
+        expected = network(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = network(static)
+    static.copy_(IMAGES.flip(0))
+    graph.replay()
+    assert torch.equal(logits, network(static))
+    assert not torch.equal(logits, expected)
