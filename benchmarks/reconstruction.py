@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import RESULTS, about, write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,13 +33,11 @@ from aquant_core.graph import CapturedModel
 from aquant_core.methods import METHODS, PRESETS
 from aquant_core.model import QuantizedModel, quantize_to_nearest, run_float_block
 from aquant_core.partition import Block, partition
-from aquant_core.pipeline import versions
 from aquant_core.reconstruction import Schedule, reconstruct_block
 from aquant_core.resources import PeakMemory
 from cupy_kernels.ops import reference_only
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "fashion_mnist"
-RESULTS = Path(__file__).parent / "results"
 VARIANTS: dict[str, tuple[Method, bool]] = {
     "aquant_no_border": ("aquant_no_border", False),
     "aquant": ("aquant", False),
@@ -68,31 +63,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     out: Path = options.out or RESULTS / f"reconstruction_{device.type}.json"
-    results: dict[str, Any] = {"about": about(options, device), "networks": {}}
+    settings = {"iterations": options.iterations, "rounds": options.rounds, "bits": "W2A2", "seed": 0}
+    results: dict[str, Any] = {"about": about(device, **settings), "networks": {}}
     for network in options.networks:
         rows = results["networks"][network] = []
         for model, block, cache in blocks_of(network, device):
             if options.blocks is None or block.name in options.blocks:
                 rows.append(measure(model, block, cache, options))
                 print(row_of_table(network, rows[-1]), flush=True)
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        results["extrapolated"] = results.get("extrapolated", {}) | {network: extrapolated(rows)}
+        write(out, results)
 
 
-def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Where, with what and how it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": " ".join(["python", "benchmarks/reconstruction.py", *sys.argv[1:]]),
-        "commit": commit,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "iterations": options.iterations,
-        "rounds": options.rounds,
-        "bits": "W2A2",
-        "seed": 0,
-    }
+def extrapolated(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that the paper's 20,000 iterations of every block would take at the measured pace; not a measurement."""
+    named = [name for name in VARIANTS if all(name in row for row in rows)]
+    return {name: round(sum(20 * row[name]["milliseconds"] for row in rows), 1) for name in named}
 
 
 def blocks_of(network: str, device: torch.device) -> list[tuple[QuantizedModel, Block, BlockCache]]:

@@ -14,22 +14,33 @@
       const int stride_y, const int stride_x, const int padding_y, const int padding_x, const int dilation_y, \
       const int dilation_x
 
-constexpr int POSITIONS = KERNEL_HEIGHT * KERNEL_WIDTH;
+[[maybe_unused]] constexpr int POSITIONS = KERNEL_HEIGHT * KERNEL_WIDTH;
 
+// Unlike fminf and fmaxf, minimum and maximum of a NaN are NaN, as in torch.
 #ifdef CUDA_ON_CPU
 __device__ __forceinline__ float approximate_reciprocal(float value) { return emulated_reciprocal(value); }
+__device__ __forceinline__ float minimum(float a, float b) { return a < b || a != a ? a : b; }
+__device__ __forceinline__ float maximum(float a, float b) { return a > b || a != a ? a : b; }
 #else
 __device__ __forceinline__ float approximate_reciprocal(float value) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
+__device__ __forceinline__ float minimum(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ __forceinline__ float maximum(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 #endif
 
-// Unlike fminf and fmaxf, a NaN passes through, as it does in torch.
-__device__ __forceinline__ float clamp_keeping_nan(float value, float low, float high) {
-  value = value > high ? high : value;
-  return value < low ? low : value;
+__device__ __forceinline__ float clamp(float value, float low, float high) {
+  return maximum(minimum(value, high), low);
 }
 
 // ceil of a value well below 2^22, by additions: a conversion has a quarter of their rate.
@@ -49,7 +60,7 @@ __device__ __forceinline__ float quotient(float numerator, float denominator, fl
 
 // sigmoid(w) - 1/2 by the specification's rational function; its denominator lies between 1 and 12.
 __device__ __forceinline__ float sigmoid_minus_half(float w) {
-  w = clamp_keeping_nan(w, -SIGMOID_LIMIT, SIGMOID_LIMIT);
+  w = clamp(w, -SIGMOID_LIMIT, SIGMOID_LIMIT);
   const float z = w * w;
   const float numerator = ((z * SIGMOID_P2 + SIGMOID_P1) * z + SIGMOID_P0) * w;
   const float denominator = (z * SIGMOID_Q2 + SIGMOID_Q1) * z + 1.0f;
@@ -66,8 +77,8 @@ __device__ __forceinline__ float polynomial(float u, float b0, float b1, float b
 // e, the shift v kept within [-1/2, 1/2] (appendix B).
 __device__ __forceinline__ float bounded_shift(float v) {
   if (BOUND == BOUND_STEEP) return sigmoid_minus_half(v * SCALE_OF_BOUND);
-  if (BOUND == BOUND_STRETCHED) return clamp_keeping_nan(sigmoid_minus_half(v) * SCALE_OF_BOUND, -0.5f, 0.5f);
-  return clamp_keeping_nan(v, -0.5f, 0.5f);
+  if (BOUND == BOUND_STRETCHED) return clamp(sigmoid_minus_half(v) * SCALE_OF_BOUND, -0.5f, 0.5f);
+  return clamp(v, -0.5f, 0.5f);
 }
 
 // The grid of one layer's input: t = x / s + z and u = clip(t, 0, Q) / Q.
@@ -86,10 +97,10 @@ struct Grid {
     const float rough = x * reciprocal;
     const float exact = quotient(x, scale, reciprocal);
     const float ratio = fabsf(rough) < 1048576.0f ? exact : rough;  // an infinite ratio cannot be corrected
-    return clamp_keeping_nan(ratio + zero_point, -2.0f, levels + 2.0f);
+    return clamp(ratio + zero_point, -2.0f, levels + 2.0f);
   }
 
-  __device__ __forceinline__ float u(float t) const { return clamp_keeping_nan(t, 0.0f, levels) * inverse_levels; }
+  __device__ __forceinline__ float u(float t) const { return clamp(t, 0.0f, levels) * inverse_levels; }
 };
 
 // One window of im2col: which image, and the element that its position (0, 0) covers.

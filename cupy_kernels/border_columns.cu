@@ -1,7 +1,7 @@
 // Quantized im2col columns for reconstruction, reference.forward: x_hat = s (q~ - z), one thread a window and channel.
 #include "training.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     border_columns(const float* __restrict__ x,         // (N, C, H, W)
                    const float* __restrict__ scale,     // ()
                    const float* __restrict__ border,    // (P, C, K)
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const bool inside = window.element(position) >= 0;
     const float here = KEPT && BORDERED && FUSED ? t[position] : window.t(position, grid);
     if (BORDERED && !FUSED) b = bounded_shift(coefficients.v(grid.u(here), position)) + 0.5f;
-    const float q = clamp_keeping_nan(softened(here, b, a), 0.0f, levels);
+    const float q = clamp(softened(here, b, a), 0.0f, levels);
     const float value = inside ? (q - zero_point) * grid.scale : 0.0f;
     if (SUMMED)
       sum += value * taps[channel * POSITIONS + position];

@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
       const size_t index = (plane * (SUMMED ? 1 : POSITIONS) + (SUMMED ? 0 : position)) * windows + here;
       float g = active && inside ? grad[index] : 0.0f;
       const float q = softened(t, b_here, a);
-      const float value = clamp_keeping_nan(q, 0.0f, levels) - zero_point;
+      const float value = clamp(q, 0.0f, levels) - zero_point;
       if (record && SUMMED) position_sums.add(position, 4, value * g * grid.scale);
       if (SUMMED) g *= taps[channel * POSITIONS + position];
       if (record) chunk_of_scale += value * g;

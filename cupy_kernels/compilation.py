@@ -100,14 +100,24 @@ def compile_for_gpu(text: str, entry: str, device: torch.device) -> Compiled:
     with cupy.cuda.Device(device.index):
         kernel = cupy.RawKernel(text, entry, options=OPTIONS)
         kernel.compile()
-    granted = 48 << 10
+    granted = (48 << 10) - kernel.shared_size_bytes  # what a block gets without asking, less its static part
 
     def run(grid: tuple[int, ...], threads: int, arguments: Sequence[Any], shared_bytes: int) -> None:
         nonlocal granted
-        stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+        stream = cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(device).cuda_stream))
         with cupy.cuda.Device(device.index), stream:
             if shared_bytes > granted:
                 kernel.max_dynamic_shared_size_bytes = granted = shared_bytes
             kernel(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
 
     return run
+
+
+class _TorchStream:
+    """A stream of torch's by the protocol that CuPy asks for."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer

@@ -18,8 +18,6 @@ _ELEMENT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 _TILE_BYTES = 32 << 10
 _STAGE = 9
 """Positions of a window whose codes the implicit GEMM holds at a time."""
-_WINDOWS = 64
-"""Windows of one block of the implicit GEMM."""
 
 
 def convolution(x: Tensor, layer: PackedLayer, residual: Tensor | None, relu: bool) -> Tensor:
@@ -36,10 +34,10 @@ def convolution(x: Tensor, layer: PackedLayer, residual: Tensor | None, relu: bo
         x = x.contiguous(memory_format=torch.channels_last)
     elif not is_channels_last(x):
         x = x.contiguous()
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     if layer.by_pixel:
         x = _codes_by_pixel(x, layer)
     rows, columns = layer.window.output_size(x.shape[2], x.shape[3])
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     out = torch.empty(
         len(x), layer.out_channels, rows, columns, dtype=output_type, device=x.device, memory_format=layout
     )
@@ -72,7 +70,7 @@ def _constants(layer: PackedLayer, window: Window, x: Tensor, out: Tensor | None
         "KERNEL_HEIGHT": window.kernel_size[0],
         "KERNEL_WIDTH": window.kernel_size[1],
         "BORDERED": bordered,
-        "TERMS": 3 if border is None else border.shape[1],
+        "TERMS": 3 if border is None else border.shape[2],
         "BOUND": NUMBER_OF_BOUND[layer.spec.bound] if bordered else 0,
         "FUSED": bordered and layer.spec.fused,
         "LEARNED_ALPHA": bordered and layer.alpha is not None,
@@ -80,6 +78,7 @@ def _constants(layer: PackedLayer, window: Window, x: Tensor, out: Tensor | None
         "INPUT": _ELEMENT[x.dtype],
         "OUTPUT": 0 if out is None else _ELEMENT[out.dtype],
         "LEVELS": layer.spec.levels if quantizer == _THRESHOLDS else 1,
+        "UNIFORM": quantizer == _THRESHOLDS and layer.border is None,
         "WIDTH": width,
         "CORRECTED": layer.correction is not None and out is not None,
     }
@@ -151,29 +150,40 @@ def _depthwise(x: Tensor, layer: PackedLayer, out: Tensor, epilogue: _Arguments)
 
 def _implicit(x: Tensor, layer: PackedLayer, out: Tensor, epilogue: _Arguments) -> None:
     places = geometry(x, layer.window)
-    blocks = math.ceil(len(x) * places[4] * places[5] / _WINDOWS)
-    group_outputs = layer.out_channels // layer.groups
-    outputs = outputs_of_block(group_outputs, blocks * layer.groups, _multiprocessors(x))
-    constants = _constants(layer, layer.window, x, out, 4) | {
+    rows, group_outputs = len(x) * places[4] * places[5], layer.out_channels // layer.groups
+    constants = _constants(layer, layer.window, x, out, 4)
+    evaluates = constants["QUANTIZER"] == _BORDER
+    windows, outputs = tile_of(group_outputs, rows * layer.groups, evaluates, _multiprocessors(x))
+    constants |= {
+        "WINDOWS": windows,
         "OUTPUTS": outputs,
         "STAGE": min(layer.window.positions, _STAGE),
+        "PAIRED": group_outputs % 2 == 0,
     }
     launch(
-        "integer_convolution.cu", constants, (blocks, layer.groups * math.ceil(group_outputs / outputs)), 256,
-        [
-            *_quantizer_arguments(layer, x), layer.weight, out, *epilogue, layer.groups, layer.out_channels, *places
-        ],
+        "integer_convolution.cu", constants,
+        (math.ceil(rows / windows), layer.groups * math.ceil(group_outputs / outputs)), 256,
+        [*_quantizer_arguments(layer, x), layer.weight, out, *epilogue, layer.groups, layer.out_channels, *places],
     )  # fmt: skip
 
 
-def outputs_of_block(group_outputs: int, blocks: int, multiprocessors: int) -> int:
-    """Output channels of one block: as many as there are, since each block quantizes its windows anew, unless too few
-    blocks would be left for the device.
+def tile_of(group_outputs: int, rows: int, evaluates: bool, multiprocessors: int) -> tuple[int, int]:
+    """Windows and output channels of one block of the implicit GEMM.
+
+    As many outputs as there are, since each block quantizes its windows anew; then as many windows as its registers
+    hold, since each loads thresholds and weights anew (64 where it evaluates a border, which takes more of them); less
+    of either while blocks are too few for the device.
     """
     outputs = min(max(32, 1 << (group_outputs - 1).bit_length()), 256)
-    while outputs > 64 and blocks * math.ceil(group_outputs / outputs) < multiprocessors:
-        outputs //= 2
-    return outputs
+    windows = 64 if outputs == 256 or evaluates else 128
+    while math.ceil(rows / windows) * math.ceil(group_outputs / outputs) < multiprocessors:
+        if windows == 128:
+            windows = 64
+        elif outputs > 64:
+            outputs //= 2
+        else:
+            break
+    return windows, outputs
 
 
 def _multiprocessors(x: Tensor) -> int:

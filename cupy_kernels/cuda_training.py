@@ -14,8 +14,8 @@ from cupy_kernels.specification import NUMBER_OF_BOUND, BorderSpecification, Win
 _SUMS = 5
 """Of b0, b1, b2, alpha and the tap, by position."""
 
-SHARED_MAP_BYTES = 96 << 10
-"""Up to here the plane of x's gradient is built in shared memory: what every architecture since sm_80 grants."""
+SHARED_MAP_BYTES = 80 << 10
+"""Up to here the plane of x's gradient is built in shared memory: every architecture since sm_80 grants 99 KiB."""
 
 
 def border_constants(
@@ -58,7 +58,7 @@ def forward(
     windows = places[4] * places[5]
     rows = window.positions if taps is None else 1
     out = x.new_empty(x.shape[0], x.shape[1] * rows, windows)
-    given = rounding if isinstance(rounding, Tensor) else None
+    given = _given(rounding)
     constants = border_constants(border, alpha, window, spec) | {"ROUNDED": given is None, "SUMMED": taps is not None}
     tensors = [x, scale, *_contiguous(border, alpha), given, *_contiguous(taps), out]
     grid = (math.ceil(x.shape[0] * windows / 256), x.shape[1])
@@ -86,7 +86,7 @@ def backward(
     grad_x = torch.empty_like(x)
     of_scale = x.new_empty(images, channels, dtype=torch.float64)
     sums = x.new_empty(images, channels, window.positions, _SUMS)
-    given = rounding if isinstance(rounding, Tensor) else None
+    given = _given(rounding)
     in_shared_memory = plane_bytes <= SHARED_MAP_BYTES
     constants = border_constants(border, alpha, window, spec) | {
         "ROUNDED": given is None,
@@ -114,6 +114,15 @@ def backward(
         None if alpha is None else summed[:, :, 3].contiguous(),
         None if taps is None else summed[:, :, 4].contiguous(),
     )
+
+
+def _given(rounding: float | Tensor) -> Tensor | None:
+    """The schedule's alpha for a kernel to read; None where it is over."""
+    if isinstance(rounding, Tensor):
+        return rounding
+    if rounding != 1.0:
+        raise ValueError(f"rounding must be 1 or a tensor on the device, not the number {rounding}")
+    return None
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

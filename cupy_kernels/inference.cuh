@@ -5,6 +5,7 @@
 //   INPUT       ELEMENT_FLOAT, ELEMENT_HALF or ELEMENT_CODE
 //   OUTPUT      ELEMENT_FLOAT or ELEMENT_HALF
 //   LEVELS      2^M - 1, so many thresholds has a position
+//   UNIFORM     thresholds are the same for all positions and channels
 //   WIDTH       neighbouring channels that a thread takes at once: 1 or 4
 //   CORRECTED   weights have 8 bits, so their zero-points are still to be accounted for
 #include "border.cuh"
@@ -76,19 +77,73 @@ typedef ElementOf<OUTPUT>::type output_element;
 template <class T>
 struct alignas(sizeof(T) * WIDTH) Neighbours {
   T value[WIDTH];
+  __device__ __forceinline__ T get(int i) const { return value[i]; }
 };
+#if WIDTH == 4
+// Four halves are two words: taken apart only where they have to be.
+template <>
+struct alignas(8) Neighbours<half_bits> {
+  unsigned word[2];
+  __device__ __forceinline__ half_bits get(int i) const { return word[i / 2] >> i % 2 * 16; }
+};
+#endif
 typedef Neighbours<input_element> Elements;
 template <class T>
 __device__ __forceinline__ const Neighbours<T>& neighbours(const T* first) {
   return *reinterpret_cast<const Neighbours<T>*>(first);
 }
 
-// The quantizer of one layer's input, by (position, channel), the channel fastest.
+// What a position of the window has of its own, for WIDTH neighbouring channels.
+struct Parameters {
+#if QUANTIZER == QUANTIZER_THRESHOLDS
+  Elements level[LEVELS];
+#elif QUANTIZER == QUANTIZER_BORDER
+  Neighbours<float> term[TERMS];
+#endif
+};
+
+// The quantizer of one layer's input. Parameters lie by position, four channels, term or level, channel of the four.
 struct Quantizer {
   Grid grid;
-  const float *border, *alpha;      // (K, P, C) and (K, C)
-  const input_element* thresholds;  // (K, LEVELS, C)
+  const float *border, *alpha;      // (K, C / 4, P, 4) and (K, C)
+  const input_element* thresholds;  // (K, C / 4, LEVELS, 4), or (LEVELS, 4) if UNIFORM
   int channels, offset;             // stored is q - offset
+  unsigned padding;                 // WIDTH codes that stand for 0
+
+  __device__ __forceinline__ Quantizer(const Grid& grid, const float* border, const float* alpha,
+                                       const input_element* thresholds, int channels, int offset)
+      : grid(grid), border(border), alpha(alpha), thresholds(thresholds), channels(channels), offset(offset) {
+    padding = ((unsigned)((int)grid.zero_point - offset) & 255) * (WIDTH == 4 ? 0x01010101u : 1u);
+  }
+
+#if QUANTIZER == QUANTIZER_THRESHOLDS
+  typedef input_element parameter;
+  static constexpr int ROWS = LEVELS;
+  __device__ __forceinline__ const parameter* all_parameters() const { return thresholds; }
+#else
+  typedef float parameter;
+  static constexpr int ROWS = TERMS;
+  __device__ __forceinline__ const parameter* all_parameters() const { return border; }
+#endif
+
+  // From one position's parameters to the next one's.
+  __device__ __forceinline__ int stride() const { return UNIFORM ? 0 : (channels + 3) / 4 * 4 * ROWS; }
+
+  __device__ __forceinline__ const parameter* first_parameters(int channel) const {
+    return all_parameters() + (UNIFORM ? 0 : channel / 4 * 4 * ROWS) + (WIDTH == 4 ? 0 : channel % 4);
+  }
+
+  __device__ __forceinline__ Parameters parameters(const parameter* row) const {
+    Parameters found;
+#if QUANTIZER == QUANTIZER_THRESHOLDS
+#pragma unroll
+    for (int level = 0; level < LEVELS; level++) found.level[level] = neighbours(row + level * 4);
+#elif QUANTIZER == QUANTIZER_BORDER
+#pragma unroll
+    for (int term = 0; term < TERMS; term++) found.term[term] = neighbours(row + term * 4);
+#endif
+    return found;
+  }
 
   // Codes q - offset of WIDTH neighbouring channels, a byte each, from their t and B. A NaN gets the lowest code.
   __device__ __forceinline__ unsigned codes(const float (&t)[WIDTH], const float (&b)[WIDTH]) const {
@@ -102,103 +157,112 @@ struct Quantizer {
     return packed;
   }
 
+#if QUANTIZER == QUANTIZER_THRESHOLDS
   // The same by thresholds: how many of them lie below.
-  __device__ __forceinline__ unsigned codes_by_thresholds(const Elements& elements, int position, int channel) const {
-    const input_element* row = thresholds + (size_t)position * LEVELS * channels + channel;
-    unsigned packed = 0;
+  __device__ __forceinline__ unsigned codes_by_thresholds(const Elements& elements, const Parameters& given) const {
 #if INPUT == ELEMENT_HALF && WIDTH == 4
     // Halves from 1024 to 2047 hold whole numbers in their low bits; the 256 keeps q - offset within them.
     const unsigned start = 0x6500u - offset;
     unsigned low = start << 16 | start, high = low;
-    const unsigned* x = reinterpret_cast<const unsigned*>(&elements);
 #pragma unroll
     for (int level = 0; level < LEVELS; level++) {
-      const Elements at_level = neighbours(row + level * channels);
-      const unsigned* threshold = reinterpret_cast<const unsigned*>(&at_level);
-      low = add_where_above(x[0], threshold[0], low);
-      high = add_where_above(x[1], threshold[1], high);
+      low = add_where_above(elements.word[0], given.level[level].word[0], low);
+      high = add_where_above(elements.word[1], given.level[level].word[1], high);
     }
-    packed = __byte_perm(low, high, 0x6420);
+    return __byte_perm(low, high, 0x6420);
 #else
-    int count[WIDTH];
+    unsigned packed = 0;
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) count[i] = -offset;
+    for (int i = 0; i < WIDTH; i++) {
+      int count = -offset;
 #pragma unroll
-    for (int level = 0; level < LEVELS; level++) {
-      const Elements at_level = neighbours(row + level * channels);
-#pragma unroll
-      for (int i = 0; i < WIDTH; i++)
-        count[i] += ElementOf<INPUT>::read(elements.value[i]) > ElementOf<INPUT>::read(at_level.value[i]);
+      for (int level = 0; level < LEVELS; level++)
+        count += ElementOf<INPUT>::read(elements.get(i)) > ElementOf<INPUT>::read(given.level[level].get(i));
+      packed |= (unsigned)(count & 255) << 8 * i;
     }
-#pragma unroll
-    for (int i = 0; i < WIDTH; i++) packed |= (unsigned)(count[i] & 255) << 8 * i;
-#endif
     return packed;
+#endif
   }
+#endif
 
   __device__ __forceinline__ void to_t(const Elements& elements, bool inside, float (&t)[WIDTH]) const {
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++)
-      t[i] = inside ? grid.t(ElementOf<INPUT>::read(elements.value[i])) : grid.zero_point;
+    for (int i = 0; i < WIDTH; i++) {
+      const float here = grid.t(ElementOf<INPUT>::read(elements.get(i)));
+      t[i] = inside ? here : grid.zero_point;
+    }
   }
 
-  // e of WIDTH channels at one position.
-  __device__ __forceinline__ void shifts(const float (&t)[WIDTH], int position, int channel, float (&e)[WIDTH]) const {
-    const float* row = border + (size_t)position * TERMS * channels + channel;
-    const Neighbours<float> b0 = neighbours(row), b1 = neighbours(row + channels),
-                            b2 = neighbours(row + (TERMS == 3 ? 2 * channels : 0));
+#if QUANTIZER == QUANTIZER_BORDER
+  // e of WIDTH channels.
+  __device__ __forceinline__ void shifts(const float (&t)[WIDTH], const Parameters& given, float (&e)[WIDTH]) const {
 #pragma unroll
     for (int i = 0; i < WIDTH; i++)
-      e[i] = bounded_shift(polynomial(grid.u(t[i]), b0.value[i], b1.value[i], b2.value[i]));
+      e[i] = bounded_shift(
+          polynomial(grid.u(t[i]), given.term[0].value[i], given.term[1].value[i], given.term[TERMS - 1].value[i]));
   }
+#endif
 
-  // The padding's code, which stands for 0.
-  __device__ __forceinline__ unsigned codes_of_padding() const {
-    const unsigned code = (unsigned)((int)grid.zero_point - offset) & 255;
-    return WIDTH == 4 ? code * 0x01010101u : code;
-  }
-
-  // Eq. 9's B of WIDTH channels over one window; read(position, elements) tells whether the position is inside.
-  template <class Read>
-  __device__ __forceinline__ void fused_border(int channel, const Read& read, float (&b)[WIDTH]) const {
-    float total[WIDTH];
+  // Eq. 9's B over COUNT windows, of WIDTH channels each; read(window, position, elements) tells whether the position
+  // is inside. Nothing unless the border is fused.
+  template <int COUNT, class Read>
+  __device__ __forceinline__ void fused_borders(int channel, const Read& read, float (&b)[COUNT][WIDTH]) const {
+#if QUANTIZER == QUANTIZER_BORDER && FUSED
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) total[i] = 0.0f;
+    for (int window = 0; window < COUNT; window++)
+#pragma unroll
+      for (int i = 0; i < WIDTH; i++) b[window][i] = 0.0f;
+    const parameter* row = first_parameters(channel);
 #pragma unroll 1
-    for (int position = 0; position < POSITIONS; position++) {
-      Elements elements;
-      float t[WIDTH], e[WIDTH];
-      const bool inside = read(position, elements);
-      to_t(elements, inside, t);
-      shifts(t, position, channel, e);
+    for (int position = 0; position < POSITIONS; position++, row += stride()) {
+      const Parameters given = parameters(row);
 #pragma unroll
-      for (int i = 0; i < WIDTH; i++) {
-        if (LEARNED_ALPHA) e[i] *= alpha[(size_t)position * channels + channel + i];
-        total[i] += e[i];
+      for (int window = 0; window < COUNT; window++) {
+        Elements elements = Elements();
+        float t[WIDTH], e[WIDTH];
+        const bool inside = read(window, position, elements);
+        to_t(elements, inside, t);
+        shifts(t, given, e);
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+          if (LEARNED_ALPHA) e[i] *= alpha[(size_t)position * channels + channel + i];
+          b[window][i] += e[i];
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) b[i] = total[i] * (1.0f / POSITIONS) + 0.5f;
+    for (int window = 0; window < COUNT; window++)
+#pragma unroll
+      for (int i = 0; i < WIDTH; i++) b[window][i] = b[window][i] * (1.0f / POSITIONS) + 0.5f;
+#endif
   }
 
-  // Codes of WIDTH channels at one position; ``b`` is fused_border's, and otherwise computed here.
-  template <class Read>
-  __device__ __forceinline__ unsigned quantize(int position, int channel, const Read& read,
+  // Codes of WIDTH channels at one position; ``b`` is used where the border is fused.
+  __device__ __forceinline__ unsigned quantize(bool inside, const Elements& elements, const Parameters& given,
                                                const float (&b)[WIDTH]) const {
-    Elements elements;
-    if (!read(position, elements)) return codes_of_padding();
+    const unsigned code = codes_inside(elements, given, b);
+    return inside ? code : padding;
+  }
+
+  __device__ __forceinline__ unsigned codes_inside(const Elements& elements, const Parameters& given,
+                                                   const float (&b)[WIDTH]) const {
 #if QUANTIZER == QUANTIZER_CODES
-    return WIDTH == 4 ? *reinterpret_cast<const unsigned*>(&elements) : (unsigned)(unsigned char)elements.value[0];
+    return WIDTH == 4 ? *reinterpret_cast<const unsigned*>(&elements) : (unsigned)(unsigned char)elements.get(0);
 #elif QUANTIZER == QUANTIZER_THRESHOLDS
-    return codes_by_thresholds(elements, position, channel);
-#else
-    float t[WIDTH], b_here[WIDTH];
+    return codes_by_thresholds(elements, given);
+#elif QUANTIZER == QUANTIZER_BORDER && FUSED
+    float t[WIDTH];
     to_t(elements, true, t);
-    if (QUANTIZER == QUANTIZER_BORDER && !FUSED) shifts(t, position, channel, b_here);
+    return codes(t, b);
+#else
+    float t[WIDTH], here[WIDTH];
+    to_t(elements, true, t);
+#if QUANTIZER == QUANTIZER_BORDER
+    shifts(t, given, here);
+#endif
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++)
-      b_here[i] = QUANTIZER == QUANTIZER_NEAREST ? 0.5f : FUSED ? b[i] : b_here[i] + 0.5f;
-    return codes(t, b_here);
+    for (int i = 0; i < WIDTH; i++) here[i] = QUANTIZER == QUANTIZER_NEAREST ? 0.5f : here[i] + 0.5f;
+    return codes(t, here);
 #endif
   }
 };
@@ -208,17 +272,25 @@ struct Quantizer {
       const float *__restrict__ alpha, const input_element *__restrict__ thresholds, const float zero_point,     \
       const float levels, const int offset
 
-// From integer sums to outputs. All by output channel; float operations are rounded one by one.
+// From integer sums to outputs; float operations are rounded one by one.
 struct Epilogue {
-  const float *multiplier, *bias;     // s_w s_x, and the float bias
-  const int *constant, *correction;   // the zero-points' terms: constant + correction (sum of the window's codes)
-  const output_element* residual;     // of the output's layout, or null
+  const float *multiplier, *bias;    // by output channel: s_w s_x, and the float bias
+  const int *constant, *correction;  // the zero-points' terms: constant + correction (sum of the window's codes)
+  const output_element* residual;    // of the output's layout, or null
   int relu;
 
-  __device__ __forceinline__ output_element finish(int sum, int sum_of_codes, int channel, size_t index) const {
-    int total = sum + constant[channel];
-    if (CORRECTED) total += correction[channel] * sum_of_codes;
-    float value = (float)total * multiplier[channel] + bias[channel];
+  // What one output channel has of its own.
+  struct Channel {
+    float multiplier, bias;
+    int constant, correction;
+  };
+  __device__ __forceinline__ Channel channel(int o) const {
+    return {multiplier[o], bias[o], constant[o], CORRECTED ? correction[o] : 0};
+  }
+
+  __device__ __forceinline__ output_element finish(int sum, int sum_of_codes, const Channel& of, size_t index) const {
+    const int total = sum + of.constant + (CORRECTED ? of.correction * sum_of_codes : 0);
+    float value = (float)total * of.multiplier + of.bias;
     if (residual) value += ElementOf<OUTPUT>::read(residual[index]);
     if (relu) value = value < 0.0f ? 0.0f : value;
     return ElementOf<OUTPUT>::write(value);

@@ -3,7 +3,7 @@
 // Constants beside inference.cuh's: CHANNELS_LAST (layout of the outputs and the residual).
 #include "inference.cuh"
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     integer_outputs(const int* __restrict__ sums,  // (G, rows of the product, pitch); CORRECTED: column O/G sums codes
                     output_element* __restrict__ out, EPILOGUE_PARAMETERS, const int groups, const int out_channels,
                     const int product_rows, const int pitch, const int images, const int windows) {
@@ -21,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const int group_channels = out_channels / groups, group = channel / group_channels;
   const int* line = sums + ((size_t)group * product_rows + row) * pitch;
   const Epilogue epilogue{multiplier, bias, constant, correction, residual, relu};
+  const int sum_of_codes = CORRECTED ? line[group_channels] : 0;
   out[index] =
-      epilogue.finish(line[channel - group * group_channels], CORRECTED ? line[group_channels] : 0, channel, index);
+      epilogue.finish(line[channel - group * group_channels], sum_of_codes, epilogue.channel(channel), index);
 }

@@ -97,7 +97,7 @@ def border_gradients(
     of_x, of_scale, of_border, of_alpha, of_taps = (
         x.new_empty(0) if gradient is None else gradient for gradient in gradients
     )
-    return of_x, of_scale, of_border, of_alpha, of_taps
+    return of_x.contiguous(), of_scale, of_border, of_alpha, of_taps
 
 
 @border_gradients.register_fake
@@ -117,7 +117,8 @@ def _(
     of_border, of_alpha, of_taps = (
         x.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (border, alpha, taps)
     )
-    return torch.empty_like(x), torch.empty_like(scale), of_border, of_alpha, of_taps
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return of_x, torch.empty_like(scale), of_border, of_alpha, of_taps
 
 
 @torch.library.custom_op("aquant::integer_convolution", mutates_args=())

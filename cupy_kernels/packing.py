@@ -39,8 +39,8 @@ class PackedLayer:
         window, groups, spec: as in ``integer_reference.convolution``.
         offset: o; codes are stored as q - o.
         scale: s of the input, scalar.
-        border, alpha: by ``route``: as the reference's, or (K, P, C) and (K, C).
-        thresholds: (K, 2^M - 1, C) of the input's dtype, or None.
+        border, alpha: by ``route``: as the reference's, or (K, C / 4, P, 4) and (K, C).
+        thresholds: (K, C / 4, 2^M - 1, 4) of the input's dtype, (1, 1, 2^M - 1, 4) where all are the same, or None.
         weight: by ``route``: the reference's; (G, O/G padded, C/G K padded); fragments; (K, C).
         multiplier, bias: (O,) fp32.
         constant, correction: (O,) int32, the bracket above and d_w; correction is None where d_w is 0 everywhere.
@@ -128,13 +128,15 @@ def pack(
     correction = d_w if bool(d_w.any()) else None
     thresholds = None
     # For fp16 alone, where they equal direct evaluation.
-    if route != "reference" and border is not None and dtype == torch.float16 and has_thresholds(border, spec):
-        thresholds = derive(border, scale, spec, dtype).contiguous()
+    if route != "reference" and dtype == torch.float16:
+        rising = torch.zeros(2, 4, 1, device=scale.device) if border is None else border
+        if has_thresholds(rising, spec):
+            thresholds = _by_fours(derive(rising, scale, spec, dtype))
     if route == "reference":
         weight = (whole - zero_points.view(-1, 1, 1, 1)).to(torch.int16)
     else:
         weight = _PACKED[route](stored.to(torch.int8), groups, correction is not None)
-        border = None if border is None else border.permute(2, 0, 1).contiguous()
+        border = None if border is None else _by_fours(border.permute(2, 0, 1))
         alpha = None if alpha is None else alpha.t().contiguous()
     return PackedLayer(
         route, codes.shape[1] * groups, window, groups, spec, offset, scale, border, alpha, thresholds, weight,
@@ -148,6 +150,12 @@ def route_of(weight_shape: torch.Size, groups: int) -> Route:
     if group_channels == 1 and outputs == groups:
         return "depthwise"
     return "implicit" if group_channels >= DEPTH // 2 and group_channels % 4 == 0 else "columns"
+
+
+def _by_fours(parameters: Tensor) -> Tensor:
+    """(K, rows, C) as (K, C / 4, rows, 4), padded."""
+    padded = F.pad(parameters, (0, -parameters.shape[2] % 4)).contiguous()
+    return padded.view(*padded.shape[:2], -1, 4).transpose(1, 2).contiguous()
 
 
 def _matrix(weight: Tensor, groups: int, corrected: bool) -> Tensor:

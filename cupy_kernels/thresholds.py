@@ -19,9 +19,15 @@ MOST_LEVELS = 15
 STEEPEST = 0.99
 """Of dB/dt; the rest is for rounding."""
 
+NEAREST_TO_ZERO = 1 / 256
+"""Where B changes at x = 0, it is this far from 0 and 1 there: a threshold closer to x = 0 would lie among fp16 values
+that fp32's t - B does not tell apart.
+"""
+
 
 def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
-    """Whether thresholds can stand for the border: no fusion, at most 4 bits, dB/dt below 1 everywhere.
+    """Whether thresholds can stand for the border: no fusion, up to 4 bits, dB/dt below 1 everywhere, and none of them
+    next to x = 0.
 
     Args:
         border: (P, C, K).
@@ -29,10 +35,14 @@ def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
     """
     if spec.fused or spec.levels > MOST_LEVELS:
         return False
-    b1, b2 = border[1], border[2] if len(border) == 3 else torch.zeros_like(border[1])
+    b0, b1, b2 = border[0], border[1], border[2] if len(border) == 3 else torch.zeros_like(border[1])
     slope = torch.maximum(b1, b1 + 2 * b2).clamp(min=0)  # of v in u, greatest at an end of [0, 1]
     steepest = 1.0 if spec.bound == "clip" else SCALE_OF_BOUND / 4
-    return bool((slope * (steepest / spec.levels) < STEEPEST).all())
+    u = spec.zero_point / spec.levels
+    v = (b2 * u + b1) * u + b0
+    e = bounded_shift(v, spec)
+    apart = (e.abs() <= 0.5 - NEAREST_TO_ZERO) | (e == bounded_shift(0.99 * v, spec))
+    return bool(((slope * (steepest / spec.levels) < STEEPEST) & apart).all())
 
 
 def derive(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torch.dtype) -> Tensor:

@@ -225,7 +225,6 @@ def learn_on_gpu(net: str, method: Method, border: BorderConfig) -> tuple[dict[s
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}, history
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU_CASES: list[tuple[str, Method, BorderConfig]] = [
     ("convolutions", "qdrop_refactored", BorderConfig()),
     ("convolutions", "aquant_no_border", BorderConfig()),
@@ -236,7 +235,7 @@ GPU_CASES: list[tuple[str, Method, BorderConfig]] = [
 ]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("net", "method", "border"), GPU_CASES)
 def test_replayed_iterations_are_the_eager_ones(
     net: str, method: Method, border: BorderConfig, monkeypatch: pytest.MonkeyPatch
@@ -254,7 +253,7 @@ def test_replayed_iterations_are_the_eager_ones(
             torch.testing.assert_close(replayed[name], wanted, rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("net", "method", "border"), GPU_CASES)
 def test_a_second_run_on_a_gpu_gives_the_same_bytes(net: str, method: Method, border: BorderConfig) -> None:
     (first, first_history), (second, second_history) = (learn_on_gpu(net, method, border) for _ in range(2))

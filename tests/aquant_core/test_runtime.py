@@ -177,7 +177,6 @@ def test_a_broadcast_addition_is_done_outside_the_layer(narrow: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_gpu_logits_equal_the_reference_s(dtype: torch.dtype) -> None:
     model = learned()
@@ -191,7 +190,6 @@ def test_gpu_logits_equal_the_reference_s(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_replays_the_network() -> None:
     network = IntegerModel(learned(), "cuda")
     static = IMAGES.cuda().half()

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from border_cases import LAYERS, PLACES, layer_problem, tensors_of, with_tensors
 
-from cupy_kernels import cpu_loops, reference
-from cupy_kernels.ops import border_codes, border_columns, implementation, reference_only
+from cupy_kernels import cpu_loops, ops, reference
+from cupy_kernels.ops import (
+    border_codes,
+    border_columns,
+    implementation,
+    integer_convolution,
+    integer_route,
+    kernels_available,
+    reference_only,
+)
 from cupy_kernels.specification import BorderSpecification, Window
 
 WINDOW = Window((3, 3), padding=(1, 1))
@@ -87,3 +99,95 @@ def test_codes_stand_behind_the_columns() -> None:
     columns = border_columns(**given)
     given.pop("rounding")
     assert torch.equal(border_codes(**given).float() * given["scale"], columns)
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    kernels_available.cache_clear()
+    yield
+    kernels_available.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_without_cupy_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.warns(RuntimeWarning, match=r"CuPy is not installed.*pip install 'aquant-service\[gpu\]'"):
+        assert not kernels_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels_available()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_with_cupy_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "cupy" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels_available()
+
+
+def test_the_route_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, cpu, gpu = torch.Size((64, 32, 3, 3)), torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(ops, "kernels_available", lambda: True)
+    assert integer_route(shape, 1, cpu) == "reference"
+    assert integer_route(shape, 1, gpu) == "implicit"
+    assert integer_route(torch.Size((64, 3, 7, 7)), 1, gpu) == "columns"
+    assert integer_route(torch.Size((64, 1, 3, 3)), 64, gpu) == "depthwise"
+    with reference_only():
+        assert integer_route(shape, 1, gpu) == "reference"
+    monkeypatch.setattr(ops, "kernels_available", lambda: False)
+    assert integer_route(shape, 1, gpu) == "reference"
+
+
+INTEGER = layer_problem(LAYERS["stem_thresholds"], PLACES["padded"])
+"""Of fp16, 3 channels, 16 outputs; with a residual."""
+
+
+@pytest.mark.parametrize("name", ["stem_thresholds", "fused_5x5_8_bits", "depthwise_pixel_8_bits"])
+def test_an_integer_convolution(name: str) -> None:
+    problem = layer_problem(LAYERS[name], PLACES["padded"])
+    found = integer_convolution(problem.x, problem.packed("reference"), problem.residual, problem.relu)
+    assert torch.equal(found, problem.expected())
+    plain = problem._replace(residual=None, relu=False)
+    assert torch.equal(integer_convolution(problem.x, problem.packed("reference")), plain.expected())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (INTEGER.x[0], r"x must be float16 or float32 \(N, 3, H, W\), not torch.float16 \(3, 10, 9\)"),
+        (INTEGER.x.double(), r"x must be .* not torch.float64 \(2, 3, 10, 9\)"),
+        (INTEGER.x.to(torch.bfloat16), r"x must be .* not torch.bfloat16"),
+        (INTEGER.x[:, :2], r"x must be .* not torch.float16 \(2, 2, 10, 9\)"),
+        (INTEGER.x.to("meta"), "x is on meta, the layer on cpu"),
+        (INTEGER.x.float(), "the layer was packed for torch.float16, x is torch.float32"),
+        (INTEGER.x[:, :, :0], r"window of \(3, 3\).*does not fit into a map of \(0, 9\)"),
+    ],
+)
+def test_inputs_of_an_integer_convolution_are_refused_by_name(x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        integer_convolution(x, INTEGER.packed("columns"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda residual: residual[:, :, 1:],
+            r"residual must be torch.float16 \(2, 16, 10, 9\) on cpu.*\(2, 16, 9, 9\)",
+        ),
+        (lambda residual: residual[:1], r"residual must be .* not torch.float16 \(1, 16, 10, 9\) on cpu"),
+        (lambda residual: residual.float(), r"residual must be torch.float16 .* not torch.float32"),
+        (lambda residual: residual.to("meta"), r"residual must be .* on cpu, not .* on meta"),
+    ],
+)
+def test_residuals_of_an_integer_convolution_are_refused_by_name(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        integer_convolution(INTEGER.x, INTEGER.packed("reference"), change(INTEGER.residual))
+
+
+def test_a_layer_on_another_device_is_refused() -> None:
+    layer = INTEGER.packed("reference")
+    elsewhere = with_tensors(layer, {name: tensor.to("meta") for name, tensor in tensors_of(layer).items()})
+    with pytest.raises(ValueError, match="x is on cpu, the layer on meta"):
+        integer_convolution(INTEGER.x, elsewhere)

@@ -3,21 +3,24 @@
 // Blocks run one after another. Every thread of a block must meet the same barriers, shuffles and matrix products in the
 // same order; a data race between two barriers does not show. What PTX would do has a plain body here.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #define CUDA_ON_CPU 1
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __CUDA_ARCH__ 900
+#define __shared__ static __attribute__((section("shared_memory")))
 
 using std::min;
 using std::max;
@@ -26,18 +29,22 @@ struct uint2 { unsigned x, y; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
+// The linker marks the ends of the section that __shared__ variables are put into; there is none without them.
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_shared_memory[], __stop_shared_memory[];
+
 namespace emulator {
 constexpr int MOST_THREADS = 1024;
 constexpr int STACK_BYTES = 128 * 1024;
 
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done;
+  ucontext_t start;
+  jmp_buf place;  // where it waits
+  char* stack;
+  bool started, done;
   Index thread;
 };
-static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static Fiber fibers[MOST_THREADS];
+static jmp_buf scheduler;
 static int current;
 static void (*body)();
 alignas(128) static char dynamic_shared[256 * 1024];
@@ -46,39 +53,51 @@ static unsigned fragments[MOST_THREADS][6];
 // The approximate reciprocal of the device is off by up to one unit in the last place; so is this one, at will.
 static int reciprocal_error = 0;
 
-inline void enter() {
-  body();
-  fibers[current].done = true;
-}
-
+// Contexts start the fibers; from then on jumps switch them, which take no system call.
 inline void barrier() {
   const int mine = current;
-  swapcontext(&fibers[mine].context, &scheduler);
-  threadIdx = fibers[mine].thread;
+  if (!_setjmp(fibers[mine].place)) _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+  for (;;) {  // a fiber outlives its block
+    body();
+    fibers[current].done = true;
+    barrier();
+  }
+}
+
+inline void resume(int thread) {
+  Fiber& fiber = fibers[thread];
+  current = thread;
+  threadIdx = fiber.thread;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 inline void run_block() {
-  const int threads = blockDim.x * blockDim.y * blockDim.z;
-  if ((int)fibers.size() < threads) fibers.resize(threads);
-  for (int i = 0; i < threads; i++) {
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = fibers[i];
-    if (fiber.stack.empty()) fiber.stack.resize(STACK_BYTES);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
     fiber.done = false;
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
-    makecontext(&fiber.context, enter, 0);
+    if (fiber.stack) continue;
+    fiber.stack = (char*)malloc(STACK_BYTES);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fiber.start, enter, 0);
   }
-  for (int left = threads; left > 0;)
-    for (int i = 0; i < threads; i++)
-      if (!fibers[i].done) {
-        current = i;
-        threadIdx = fibers[i].thread;
-        swapcontext(&scheduler, &fibers[i].context);
-        left -= fibers[i].done;
-      }
+  for (bool waiting = true; waiting;) {
+    waiting = false;
+    for (unsigned i = 0; i < threads; i++) {
+      if (fibers[i].done) continue;
+      resume(i);
+      waiting |= !fibers[i].done;
+    }
+  }
 }
 
 template <class... A, size_t... I>
@@ -101,6 +120,7 @@ void launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, v
       for (unsigned x = 0; x < grid[0]; x++) {
         blockIdx = {x, y, z};
         memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+        if (__start_shared_memory) memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
         run_block();
       }
 }
@@ -173,6 +193,19 @@ inline void emulated_mma(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsig
       const unsigned from_b = emulator::fragments[warp + column * 4 + owner][4 + half];
       d[i] += (int)(int8_t)(from_a >> 8 * (k % 4)) * (int)(int8_t)(from_b >> 8 * (k % 4));
     }
+  }
+  emulator::barrier();
+}
+
+// ldmatrix.x4: lane i gives the row i % 8 of matrix i / 8; it gets word i % 4 of row i / 4 of each.
+inline void emulated_ldmatrix(unsigned (&a)[4], const unsigned* row) {
+  const int me = emulator::current, warp = me / 32 * 32, lane = me % 32;
+  memcpy(&emulator::slots[me], &row, sizeof row);
+  emulator::barrier();
+  for (int matrix = 0; matrix < 4; matrix++) {
+    const unsigned* from;
+    memcpy(&from, &emulator::slots[warp + matrix * 8 + lane / 4], sizeof from);
+    a[matrix] = from[lane % 4];
   }
   emulator::barrier();
 }
