@@ -42,10 +42,18 @@ class IntegerModel:
         """Packs the layers for ``device`` (by default the model's own).
 
         Raises:
-            ValueError: another dtype than float16 and float32, or a layer whose sums could pass the range of int32.
+            TypeError: no quantized network, such as ``load`` returns.
+            ValueError: another dtype than float16 and float32, a network that was cast from float32, or a layer whose
+                sums could pass the range of int32.
         """
+        if not isinstance(model, QuantizedModel):
+            raise TypeError(
+                f"an IntegerModel is made of what aquant_core.load returns, not of a {type(model).__name__}"
+            )
         first = next(iter(model.layers.values()))
-        self.device = torch.device(device or first.float_weight.device)
+        self.device = torch.device(first.float_weight.device if device is None else device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         if self.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"an IntegerModel computes in float16 or float32, not in {self.dtype}")
@@ -67,9 +75,15 @@ class IntegerModel:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) images, anywhere and of any floating point type, to fp32 logits on ``device``."""
+        """(N, C, H, W) images, anywhere and of any floating point type, to fp32 logits on ``device``.
+
+        Raises:
+            ValueError: no such images.
+        """
+        if images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(f"images must be floating point (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
         x = images.to(self.device, self.dtype)
-        if self.device.type == "cuda" and x.dim() == 4:
+        if self.device.type == "cuda":
             x = x.contiguous(memory_format=torch.channels_last)
         return evaluate_nodes(self._nodes, {INPUT: x}, self._run)[self._nodes[-1].name].float()
 
@@ -84,8 +98,8 @@ class IntegerModel:
     def _run_layer(self, node: Node, x: Tensor, residual: Tensor | None = None) -> Tensor:
         layer, relu = self.layers[node.attributes["layer"]], node.attributes["relu"]
         if node.attributes["linear"]:
-            features = x.reshape(-1, x.shape[-1], 1, 1)
-            return integer_convolution(features, layer, None, relu).reshape(*x.shape[:-1], -1)
+            features = x.reshape(x[..., 0].numel(), x.shape[-1], 1, 1)
+            return integer_convolution(features, layer, None, relu).reshape(*x.shape[:-1], layer.out_channels)
         shape = (len(x), layer.out_channels, *layer.window.output_size(x.shape[2], x.shape[3]))
         if residual is None or residual.shape == shape:
             return integer_convolution(x, layer, residual, relu)

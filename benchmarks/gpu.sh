@@ -5,14 +5,14 @@
 #   benchmarks/gpu.sh --full NETWORK     the paper's 20,000 iterations on one network, under 10 minutes
 #   benchmarks/gpu.sh --rehearse         each script on the CPU at toy sizes: that they run, not how fast
 #
-# Needs torch, torchvision, numpy, cupy, safetensors, onnx, onnxruntime, pytest, pytest-timeout and pydantic; of what
-# Python lacks, WHEELS names a folder with wheels. COMMIT names the commit where there is no repository, RESULTS another
+# Needs torch, torchvision, numpy, numba, cupy, safetensors, onnx, onnxruntime, pytest, pytest-timeout and pydantic; of
+# what Python lacks, WHEELS names a folder with wheels. COMMIT names the commit where there is no repository, RESULTS another
 # folder. A step that fails does not hinder the next; the last line names those that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-results=${RESULTS:-benchmarks/results}
+results=${RESULTS:-$([[ ${1:-} == --rehearse ]] && mktemp -d || echo benchmarks/results)}
 failed=()
 
 if [[ -n ${WHEELS:-} ]]; then
@@ -47,7 +47,8 @@ case ${1:-} in
       --out "$results/full_$2_cuda.json"
     ;;
   "")
-    step 220 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider tests/cupy_kernels tests/aquant_core
+    step 220 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider \
+      tests/cupy_kernels/test_on_gpu.py tests/aquant_core/test_runtime.py tests/aquant_core/test_replay.py
     step 80 inference "$python" benchmarks/inference.py --out "$results/inference_cuda.json"
     step 90 kernels "$python" benchmarks/kernels.py --out "$results/kernels_cuda.json"
     step 80 reconstruction "$python" benchmarks/reconstruction.py --networks residual resnet18 --iterations 300 \

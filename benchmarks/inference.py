@@ -60,7 +60,7 @@ def measure(network: str, device: torch.device, options: argparse.Namespace) -> 
     """Microseconds a batch and ratios, by variant."""
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size)
-    graph = fold_batch_norm(aquant_core.capture(build(network).eval(), example=images[:2]))
+    graph = fold_batch_norm(aquant_core.capture(build(network).eval(), example=images[:2])).to(device)
     config = QuantizationConfig(weight_bits=options.bits, activation_bits=options.bits)
     nearest = quantize_to_nearest(graph, images[:8], config)
     runs = float_variants(graph, images, device)
@@ -87,7 +87,7 @@ def with_border(model: QuantizedModel, border: BorderConfig | None) -> Quantized
     """A copy whose quantized inputs have borders of random coefficients."""
     if border is None:
         return model
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(next(iter(model.layers.values())).float_weight.device).manual_seed(1)
     model = copy.deepcopy(model)
     for layer in model.layers.values():
         layer.add_border(border)

@@ -53,16 +53,14 @@ def main() -> None:
     rate = options.copy_rate or copy_rate(device)
     settings = {key: getattr(options, key) for key in ("batch", "shrink", "rounds", "repeats")}
     results: dict[str, Any] = {"about": about(device, **settings, copy_bytes_per_second=rate, seed=0), "layers": {}}
-    for name in dict.fromkeys([*options.layers, *options.training_layers]):
-        row = results["layers"][name] = {}
-        if name in options.layers:
-            row["inference"] = inference(name, device, options, rate)
-        if name in options.training_layers:
-            row["training"] = training(name, device, options, rate)
-        for kind, found in row.items():
+    # Training last: torch.compile takes its time.
+    for measure, layers in ((inference, options.layers), (training, options.training_layers)):
+        for name in layers:
+            found = measure(name, device, options, rate)
+            results["layers"].setdefault(name, {})[measure.__name__] = found
             for variant, numbers in found.items():
-                print(f"{name} | {kind} | {variant} | {numbers}", flush=True)
-        write(options.out or RESULTS / f"kernels_{device.type}.json", results)
+                print(f"{name} | {measure.__name__} | {variant} | {numbers}", flush=True)
+            write(options.out or RESULTS / f"kernels_{device.type}.json", results)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -95,7 +93,7 @@ def inference(name: str, device: torch.device, options: argparse.Namespace, rate
     layers: dict[str, PackedLayer] = {}
     outputs = {}
     routes: list[Route] = (
-        ["columns", "implicit"] if device.type == "cuda" and ops.kernels_available() else ["reference"]
+        ["columns", "implicit"] if device.type == "cuda" and ops.kernels_available(device) else ["reference"]
     )
     for route in routes:
         if route == "implicit" and x.shape[1] < 16:

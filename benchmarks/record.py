@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,13 @@ def about(device: torch.device, **settings: Any) -> dict[str, Any]:
         import cupy
 
         packages |= {"cuda": str(torch.version.cuda), "cupy": cupy.__version__}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = os.environ.get("COMMIT", "")
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or commit
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", ""),
+        "commit": commit,
         "versions": packages,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -40,7 +44,7 @@ def about(device: torch.device, **settings: Any) -> dict[str, Any]:
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Writes results as JSON, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(path)
@@ -59,7 +63,11 @@ def replayable(run: Callable[[], Any], device: torch.device) -> Callable[[], Any
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(held: object = run) -> None:  # noqa: ARG001 - the graph reads and writes what ``run`` holds
+        graph.replay()
+
+    return replay
 
 
 def microseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:

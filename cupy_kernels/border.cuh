@@ -50,8 +50,8 @@ __device__ __forceinline__ float ceil_of(float value) {
   return nearest >= value ? nearest : nearest + 1.0f;
 }
 
-// numerator / denominator, correctly rounded, from the denominator's reciprocal within one unit in the last place:
-// two corrections without the branches of a general division. Neither may be near the ends of the fp32 range.
+// numerator / denominator, correctly rounded, from the denominator's correctly rounded reciprocal: two corrections
+// without the branches of a general division. Neither may be near the ends of the fp32 range.
 __device__ __forceinline__ float quotient(float numerator, float denominator, float reciprocal) {
   float result = numerator * reciprocal;
   result = __fmaf_rn(__fmaf_rn(-denominator, result, numerator), reciprocal, result);
@@ -66,7 +66,9 @@ __device__ __forceinline__ float sigmoid_minus_half(float w) {
   const float denominator = (z * SIGMOID_Q2 + SIGMOID_Q1) * z + 1.0f;
   float reciprocal = approximate_reciprocal(denominator);
   reciprocal = __fmaf_rn(reciprocal, __fmaf_rn(-denominator, reciprocal, 1.0f), reciprocal);
-  return quotient(numerator, denominator, reciprocal);
+  // One correction is enough for every w: tests/cupy_kernels/test_on_gpu.py goes through all of them.
+  const float rough = numerator * reciprocal;
+  return __fmaf_rn(__fmaf_rn(-denominator, rough, numerator), reciprocal, rough);
 }
 
 // Eq. 8.

@@ -148,7 +148,6 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
         const float t = HELD ? ts[position] : window.t(position, grid), u = grid.u(t);
         const float v = coefficients.v(u, position), e = HELD ? es[position] : bounded_shift(v);
         float of_e = FUSED ? of_fused_b : -(of_t * a);
-        if (!active) of_e = 0.0f;
         if (LEARNED_ALPHA) {
           position_sums.add(position, 3, of_e * e);
           of_e *= coefficients.alpha[position];

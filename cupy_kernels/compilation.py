@@ -17,8 +17,8 @@ from cupy_kernels import specification
 Compiled = Callable[[tuple[int, ...], int, Sequence[Any], int], None]
 """Launches: grid, threads a block, arguments as NumPy scalars, bytes of dynamic shared memory."""
 
-OPTIONS = ("--std=c++17", "--fmad=false")
-"""Every operation is rounded: the source says where it wants a fused one."""
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=true")
+"""Every operation is rounded: the source says where it wants a fused one. CuPy has subnormal numbers flushed anyway."""
 
 _MOST_BLOCKS = (2**31 // 1024, 65535)
 """Of the first axis, so that a thread's number fits into int32, and of the others."""
@@ -65,6 +65,8 @@ def launch(
         raise ValueError(f"{file} would need {grid} blocks, a launch takes {_MOST_BLOCKS}; give fewer images at a time")
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     _check(tensors)
+    if 0 in grid:  # an empty batch
+        return
     kernel = compiled(file, tuple(constants.items()), tensors[0].device)
     kernel(grid, threads, [_scalar(argument) for argument in arguments], shared_bytes)
 
@@ -95,6 +97,8 @@ def compiled(file: str, constants: tuple[tuple[str, int], ...], device: torch.de
 
 def compile_for_gpu(text: str, entry: str, device: torch.device) -> Compiled:
     """Compiles by NVRTC through CuPy; launches on torch's current stream of ``device``."""
+    if device.type != "cuda":
+        raise ValueError(f"{entry} runs on a GPU, its tensors are on {device}")
     import cupy
 
     with cupy.cuda.Device(device.index):

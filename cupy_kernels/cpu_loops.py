@@ -327,7 +327,7 @@ def forward(
     rows = window.positions if taps is None else 1
     out = torch.empty(x.shape[0], x.shape[1], rows, size[0] * size[1])
     _forward(planes, *_arguments(x, scale, border, alpha, window, spec, rounding, taps, size), out.numpy())
-    return out.view(x.shape[0], x.shape[1] * rows, -1)
+    return out.flatten(1, 2)
 
 
 def backward(

@@ -16,6 +16,8 @@ _Arguments = list[Tensor | int | float | None]
 _NEAREST, _BORDER, _THRESHOLDS, _CODES = range(4)
 _ELEMENT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 _TILE_BYTES = 32 << 10
+_ALIGNMENT = 16
+"""Bytes that a kernel may load at once."""
 _STAGE = 9
 """Positions of a window whose codes the implicit GEMM holds at a time."""
 
@@ -34,6 +36,8 @@ def convolution(x: Tensor, layer: PackedLayer, residual: Tensor | None, relu: bo
         x = x.contiguous(memory_format=torch.channels_last)
     elif not is_channels_last(x):
         x = x.contiguous()
+    if x.data_ptr() % _ALIGNMENT:  # a view from the middle of something
+        x = x.clone()
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     if layer.by_pixel:
         x = _codes_by_pixel(x, layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,14 @@ from cupy_kernels.specification import NUMBER_OF_BOUND, BorderSpecification, Win
 
 _SUMS = 5
 """Of b0, b1, b2, alpha and the tap, by position."""
+_SUMS_BYTES = 8 * 4 * _SUMS
+"""Of shared memory that a position's sums take in a block of 8 warps."""
 
-SHARED_MAP_BYTES = 80 << 10
-"""Up to here the plane of x's gradient is built in shared memory: every architecture since sm_80 grants 99 KiB."""
+MOST_POSITIONS = 256
+"""Of a window; the sums of more of them would not fit into shared memory."""
+
+SHARED_MAP_BYTES = 96 << 10
+"""Up to here the plane of x's gradient is built in shared memory, with the sums: sm_80 and later grant 99 KiB."""
 
 
 def border_constants(
@@ -52,7 +58,12 @@ def forward(
     rounding: float | Tensor,
     taps: Tensor | None = None,
 ) -> Tensor:
-    """``reference.forward`` for fp32 tensors on a GPU; ``rounding`` is 1 or a tensor."""
+    """``reference.forward`` for fp32 tensors on a GPU; ``rounding`` is 1 or a tensor.
+
+    Raises:
+        ValueError: a dtype or shape is wrong; the message names the tensor.
+    """
+    _check(x, scale, border, alpha, rounding, taps, window)
     x = x.contiguous()
     places = geometry(x, window)
     windows = places[4] * places[5]
@@ -78,7 +89,18 @@ def backward(
     taps: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Gradients:
-    """``reference.backward``; the same inputs give the same bits."""
+    """``reference.backward``; the same inputs give the same bits.
+
+    Raises:
+        ValueError: a dtype or shape is wrong; the message names the tensor.
+    """
+    _check(x, scale, border, alpha, rounding, taps, window)
+    rows, width = window.output_size(x.shape[2], x.shape[3])
+    columns_size = x.shape[0] * x.shape[1] * rows * width * window.positions
+    grad_size = columns_size if taps is None else columns_size // window.positions
+    for name, tensor, size in (("grad", grad, grad_size), ("columns", columns, columns_size)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != size):
+            raise ValueError(f"{name} must be {size} float32 values, not {tensor.dtype} {tuple(tensor.shape)}")
     x, grad = x.contiguous(), grad.contiguous()
     images, channels, height, width = x.shape
     places = geometry(x, window)
@@ -87,7 +109,7 @@ def backward(
     of_scale = x.new_empty(images, channels, dtype=torch.float64)
     sums = x.new_empty(images, channels, window.positions, _SUMS)
     given = _given(rounding)
-    in_shared_memory = plane_bytes <= SHARED_MAP_BYTES
+    in_shared_memory = plane_bytes + window.positions * _SUMS_BYTES <= SHARED_MAP_BYTES
     constants = border_constants(border, alpha, window, spec) | {
         "ROUNDED": given is None,
         "SUMMED": taps is not None,
@@ -114,6 +136,26 @@ def backward(
         None if alpha is None else summed[:, :, 3].contiguous(),
         None if taps is None else summed[:, :, 4].contiguous(),
     )
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    rounding: float | Tensor,
+    taps: Tensor | None,
+    window: Window,
+) -> None:
+    """Whether a kernel would read what it is given as what it is."""
+    by_position = (x.shape[1], window.positions)
+    tensors: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("x", x, x.shape), ("scale", scale, ()), ("alpha", alpha, by_position), ("taps", taps, by_position),
+        ("border", border, by_position if border is None else (len(border), *by_position)), ("rounding", rounding, ()),
+    ]  # fmt: skip
+    for name, tensor, shape in tensors:
+        if isinstance(tensor, Tensor) and (tensor.dtype != torch.float32 or tensor.shape != shape):
+            raise ValueError(f"{name} must be float32 {tuple(shape)}, not {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _given(rounding: float | Tensor) -> Tensor | None:

@@ -44,21 +44,35 @@ def convolution(
     Returns:
         (N, O, H_out, W_out) of x's dtype.
     """
-    by_pixel = border is None or border.shape[2] == 1
     most = spec.levels * int(weight.abs().max()) * weight[0].numel()
     exact = torch.float32 if most < 2**24 else torch.float64
-    centred_weight = weight.to(exact)
-    codes_of = Window() if by_pixel else window
-    codes = reference.codes(x.float(), scale, border, alpha, codes_of, spec).to(exact) - spec.zero_point
-    if by_pixel:
-        sums = F.conv2d(
-            codes.view(x.shape), centred_weight, None, window.stride, window.padding, window.dilation, groups
-        )
-    else:
-        matrix = centred_weight.reshape(groups, len(weight) // groups, -1)  # (G, O/G, C/G K)
-        columns = codes.reshape(len(x), groups, matrix.shape[2], -1)  # (N, G, C/G K, L)
-        sums = (matrix @ columns).view(len(x), len(weight), *window.output_size(x.shape[2], x.shape[3]))
+    with torch.autocast(x.device.type, enabled=False):
+        sums = _sums(x, scale, border, alpha, weight.to(exact), groups, window, spec)
     return finish(sums, multiplier, bias, residual, relu, x.dtype)
+
+
+def _sums(
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    centred_weight: Tensor,
+    groups: int,
+    window: Window,
+    spec: BorderSpecification,
+) -> Tensor:
+    """Sums of products of whole numbers, exact in the weight's type: (N, O, H_out, W_out)."""
+    by_pixel = border is None or border.shape[2] == 1
+    codes_of = Window() if by_pixel else window
+    codes = reference.codes(x.float(), scale, border, alpha, codes_of, spec).to(centred_weight.dtype) - spec.zero_point
+    if by_pixel:
+        return F.conv2d(
+            codes.view(x.shape), centred_weight, None, window.stride, window.padding, window.dilation, groups
+        ).round()  # an algorithm that transforms its input, such as Winograd's, is exact up to that
+    size, outputs = window.output_size(x.shape[2], x.shape[3]), len(centred_weight)
+    matrix = centred_weight.reshape(groups, outputs // groups, -1)  # (G, O/G, C/G K)
+    columns = codes.reshape(len(x), groups, matrix.shape[2], size[0] * size[1])  # (N, G, C/G K, L)
+    return (matrix @ columns).view(len(x), outputs, *size)
 
 
 def finish(

@@ -1,13 +1,14 @@
 """The kernels as torch operators ``aquant::...``, so that torch.compile, export and CUDA graphs take them whole.
 
-On a GPU they launch the kernels, on a CPU they are the plain torch reference. Geometry and grid travel as lists of
-integers; the wrappers below have ``reference``'s signatures.
+Learning goes by the kernels on a GPU and by the plain torch reference on a CPU, an integer layer by the route that it
+was packed for. Geometry and grid travel as lists of integers; the wrappers below have ``reference``'s signatures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from cupy_kernels import cuda_inference, cuda_training, integer_reference, reference
 from cupy_kernels.packing import PackedLayer, Route
 from cupy_kernels.reference import Gradients
-from cupy_kernels.specification import BorderSpecification, Bound, Window
+from cupy_kernels.specification import NUMBER_OF_BOUND, BorderSpecification, Window
 
 
 def _flat_window(window: Window) -> list[int]:
@@ -34,7 +35,14 @@ def _flat_grid(spec: BorderSpecification) -> list[int]:
 
 def _specification(grid: Sequence[int], bound: str) -> BorderSpecification:
     levels, zero_point, fused, input_gradient = grid
-    return BorderSpecification(levels, zero_point, cast(Bound, bound), bool(fused), bool(input_gradient))
+    if bound not in NUMBER_OF_BOUND:
+        raise ValueError(f"bound must be one of {', '.join(NUMBER_OF_BOUND)}, not {bound!r}")
+    return BorderSpecification(levels, zero_point, bound, bool(fused), bool(input_gradient))
+
+
+def _module(x: Tensor, window: Sequence[int]) -> ModuleType:
+    """Kernels on a GPU, except for windows too large for them."""
+    return cuda_training if x.is_cuda and _window(window).positions <= cuda_training.MOST_POSITIONS else reference
 
 
 @torch.library.custom_op("aquant::border_columns", mutates_args=())
@@ -50,7 +58,7 @@ def border_columns(
     bound: str,
 ) -> Tensor:
     """``reference.forward``; without ``rounding`` the schedule is over."""
-    module = cuda_training if x.is_cuda else reference
+    module = _module(x, window)
     given = 1.0 if rounding is None else rounding
     columns: Tensor = module.forward(x, scale, border, alpha, _window(window), _specification(grid, bound), given, taps)
     return columns
@@ -89,7 +97,7 @@ def border_gradients(
     bound: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``reference.backward``; a gradient that there is not is empty."""
-    module = cuda_training if x.is_cuda else reference
+    module = _module(x, window)
     given = 1.0 if rounding is None else rounding
     gradients = module.backward(
         grad, x, scale, border, alpha, _window(window), _specification(grid, bound), given, taps, columns

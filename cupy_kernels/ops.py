@@ -37,7 +37,7 @@ def implementation(x: Tensor) -> ModuleType:
     """
     if _forced_reference or x.dtype != torch.float32:
         return reference
-    if x.is_cuda and kernels_available():
+    if x.is_cuda and kernels_available(x.device):
         return operators
     if x.device.type == "cpu" and importlib.util.find_spec("numba") is not None:
         from cupy_kernels import cpu_loops
@@ -46,17 +46,21 @@ def implementation(x: Tensor) -> ModuleType:
     return reference
 
 
+OLDEST = (8, 0)
+"""Compute capability from which on the kernels' instructions are there."""
+
+
 @functools.cache
-def kernels_available() -> bool:
-    """Whether CuPy is there to compile the kernels; if not, says so once."""
-    if importlib.util.find_spec("cupy") is not None:
+def kernels_available(device: torch.device) -> bool:
+    """Whether CuPy is there to compile the kernels and the GPU can run them; if not, says so once."""
+    capability = torch.cuda.get_device_capability(device)
+    if importlib.util.find_spec("cupy") is None:
+        why = "CuPy is not installed (pip install cupy-cuda13x)"
+    elif capability < OLDEST:
+        why = f"{device} has compute capability {capability}, the kernels need {OLDEST}"
+    else:
         return True
-    warnings.warn(
-        "CuPy is not installed, so plain torch computes on the GPU, several times slower: "
-        "pip install 'aquant-service[gpu]'.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    warnings.warn(f"{why}, so plain torch computes on the GPU, several times slower.", RuntimeWarning, stacklevel=3)
     return False
 
 
@@ -126,6 +130,9 @@ def check_border(
         raise ValueError(f"x must be a floating point (N, C, H, W) tensor, not {x.dtype} of shape {tuple(x.shape)}")
     if scale.dim() != 0:
         raise ValueError(f"scale must be a scalar tensor, not of shape {tuple(scale.shape)}")
+    for name, tensor in (("scale", scale), ("border", border), ("alpha", alpha)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
     if border is not None and (border.shape[1:] != (channels, positions) or len(border) not in (2, 3)):
         raise ValueError(f"border must be (2 or 3, {channels}, {positions}), not {tuple(border.shape)}")
     if alpha is not None and (border is None or not spec.fused or alpha.shape != (channels, positions)):
@@ -146,7 +153,7 @@ def border_codes(
 
 def integer_route(weight_shape: torch.Size, groups: int, device: torch.device) -> Route:
     """Who computes an integer convolution best on ``device``: (O, C / groups, k_y, k_x)."""
-    by_kernel = device.type == "cuda" and not _forced_reference and kernels_available()
+    by_kernel = device.type == "cuda" and not _forced_reference and kernels_available(device)
     return route_of(weight_shape, groups) if by_kernel else "reference"
 
 

@@ -113,8 +113,11 @@ def pack(
         dtype: of the inputs, float16 or float32.
 
     Raises:
-        ValueError: a window's sum could pass the range of int32.
+        ValueError: a window's sum could pass the range of int32, or a parameter is not float32.
     """
+    for name, tensor in (("scale", scale), ("weight_scale", weight_scale), ("border", border), ("alpha", alpha)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}; a layer is packed from its float32 parameters")
     slots = codes[0].numel()
     if spec.levels * weight_levels * slots > LARGEST_SUM:
         raise ValueError(f"{slots} products of codes up to {spec.levels} and {weight_levels} do not fit into int32")

@@ -160,7 +160,7 @@ def codes(
         q = (positions.view(positions.t, position) - b).ceil_().clamp_(0, spec.levels).nan_to_num_(0.0)
         padding = positions.view(positions.inside, position) == 0
         out[:, :, position] = q.masked_fill_(padding, spec.zero_point).to(torch.uint8)
-    return out.reshape(x.shape[0], x.shape[1] * window.positions, -1)
+    return out.flatten(3).flatten(1, 2)
 
 
 def forward(
@@ -200,7 +200,7 @@ def forward(
             out[:, :, position] = x_hat
         else:
             out[:, :, 0] += x_hat.mul_(taps[:, position, None, None])
-    return out.reshape(x.shape[0], x.shape[1] * rows, -1)
+    return out.flatten(3).flatten(1, 2)
 
 
 def _softened(t: Tensor, b: Tensor | float, rounding: float | Tensor) -> Tensor:

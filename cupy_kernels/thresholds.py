@@ -41,7 +41,8 @@ def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
     u = spec.zero_point / spec.levels
     v = (b2 * u + b1) * u + b0
     e = bounded_shift(v, spec)
-    apart = (e.abs() <= 0.5 - NEAREST_TO_ZERO) | (e == bounded_shift(0.99 * v, spec))
+    closest = e.abs() if spec.zero_point else -e  # with z = 0 no threshold is negative
+    apart = (closest <= 0.5 - NEAREST_TO_ZERO) | (e == bounded_shift(0.99 * v, spec))
     return bool(((slope * (steepest / spec.levels) < STEEPEST) & apart).all())
 
 

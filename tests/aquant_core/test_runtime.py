@@ -29,10 +29,10 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, 2, padding=1, groups=8)
-        self.grouped = nn.Conv2d(8, 12, 3, padding=2, dilation=2, groups=2)
-        self.downsample = nn.Conv2d(8, 12, 1, 2)
-        self.last = nn.Conv2d(12, 12, 1)
-        self.fc = nn.Linear(12, 5)
+        self.grouped = nn.Conv2d(8, 32, 3, padding=2, dilation=2, groups=2)
+        self.downsample = nn.Conv2d(8, 32, 1, 2)
+        self.last = nn.Conv2d(32, 32, 1)
+        self.fc = nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
@@ -104,6 +104,27 @@ def test_refusals() -> None:
     model = learned()
     with pytest.raises(ValueError, match=r"float16 or float32, not in torch\.bfloat16"):
         IntegerModel(model, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"of what aquant_core\.load returns, not of a Linear"):
+        IntegerModel(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Layer 'stem': scale is torch\.float64; a layer is packed from its float32"):
+        IntegerModel(learned().double())
+    network = IntegerModel(model)
+    for images in (IMAGES[0], (IMAGES * 255).to(torch.uint8)):
+        with pytest.raises(ValueError, match=r"images must be floating point \(N, C, H, W\), not torch\."):
+            network(images)
+    with pytest.raises(RuntimeError):
+        IntegerModel(model, device=0 if not torch.cuda.is_available() else 99)(IMAGES)
+
+
+def test_autocast_changes_nothing() -> None:
+    network = IntegerModel(learned())
+    expected = network(IMAGES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(IMAGES), expected)
+
+
+def test_no_images() -> None:
+    assert IntegerModel(learned())(IMAGES[:0]).shape == (0, 5)
 
 
 def test_a_layer_too_wide_for_int32_is_named() -> None:
@@ -182,7 +203,7 @@ def test_gpu_logits_equal_the_reference_s(dtype: torch.dtype) -> None:
     model = learned()
     expected = IntegerModel(model, "cpu", dtype)(IMAGES)
     network = IntegerModel(model, "cuda", dtype)
-    assert {layer.route for layer in network.layers.values()} == {"columns", "depthwise"}
+    assert {layer.route for layer in network.layers.values()} == {"columns", "depthwise", "implicit"}
     found = network(IMAGES).cpu()
     assert torch.equal(found.argmax(1), expected.argmax(1))
     # Integer layers agree bit for bit; the mean before the classifier is summed in another order.

@@ -44,7 +44,9 @@ def test_equal_to_the_reference(name: str, route: packing.Route) -> None:
 
 @pytest.mark.parametrize("name", HALVES)
 def test_every_half(name: str) -> None:
-    check(all_halves(HALVES[name]), "depthwise")
+    problem = all_halves(HALVES[name])
+    assert (problem.packed("depthwise").thresholds is None) == ("evaluated" in name)
+    check(problem, "depthwise")
 
 
 @pytest.mark.parametrize("route", ["columns", "implicit", "depthwise"])
@@ -269,3 +271,29 @@ def test_the_emulator_s_halves_are_torch_s() -> None:
     cuda_on_cpu.compile_for_cpu(text, "convert")((1,), 1, arguments, 0)
     for found, wanted in ((half, values.half()), (back, values.half().float())):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "route"), [("fused", "implicit"), ("depthwise_8_bits", "depthwise")])
+def test_a_view_at_an_odd_address_is_moved(name: str, route: packing.Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device cannot load 8 bytes from there; the CPU can, so what is launched is looked at."""
+    problem = layer_problem(LAYERS[name], PLACES["padded"])
+    x = torch.empty(problem.x.numel() + 1, dtype=problem.x.dtype)[1:].as_strided(problem.x.shape, problem.x.stride())
+    x.copy_(problem.x)
+    addresses = []
+
+    def launched(file: str, constants: Any, grid: Any, threads: int, arguments: list[Any], *rest: Any) -> None:
+        addresses.append(arguments[0].data_ptr())
+        compilation.launch(file, constants, grid, threads, arguments, *rest)
+
+    monkeypatch.setattr(cuda_inference, "launch", launched)
+    assert torch.equal(convolution(x, problem.packed(route), problem.residual, problem.relu), problem.expected())
+    assert x.data_ptr() % 16
+    assert not any(address % 16 for address in addresses)
+
+
+@pytest.mark.parametrize(("name", "route"), LAYER_ROUTES[::5])
+def test_no_images(name: str, route: packing.Route) -> None:
+    problem = layer_problem(LAYERS[name], PLACES["strided"])
+    expected = problem.expected()
+    found = convolution(problem.x[:0], problem.packed(route), None, False)
+    assert found.shape == (0, *expected.shape[1:])

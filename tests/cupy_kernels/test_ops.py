@@ -38,6 +38,9 @@ def arguments(**changes: Any) -> dict[str, Any]:
     [
         ({"x": torch.rand(2, 5, 5)}, r"x must be .* not torch.float32 of shape \(2, 5, 5\)"),
         ({"x": torch.ones(1, 2, 5, 5, dtype=torch.int64)}, r"x must be a floating point .* torch.int64"),
+        ({"scale": torch.tensor(0.3).double()}, r"scale is torch\.float64 on cpu, x is torch\.float32 on cpu"),
+        ({"border": torch.zeros(3, 2, 9).half()}, r"border is torch\.float16 on cpu, x is torch\.float32 on cpu"),
+        ({"alpha": torch.ones(2, 9, device="meta")}, r"alpha is torch\.float32 on meta, x is torch\.float32 on cpu"),
         ({"scale": torch.rand(2)}, r"scale must be a scalar tensor, not of shape \(2,\)"),
         ({"scale": torch.rand(1)}, r"scale must be a scalar tensor, not of shape \(1,\)"),
         ({"border": torch.zeros(3, 2, 4)}, r"border must be \(2 or 3, 2, 9\), not \(3, 2, 4\)"),
@@ -108,34 +111,49 @@ def asked_anew() -> Iterator[None]:
     kernels_available.cache_clear()
 
 
+GPU = torch.device("cuda", 0)
+
+
 @pytest.mark.usefixtures("asked_anew")
-def test_without_cupy_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.warns(RuntimeWarning, match=r"CuPy is not installed.*pip install 'aquant-service\[gpu\]'"):
-        assert not kernels_available()
+@pytest.mark.parametrize(
+    ("found", "capability", "message"),
+    [
+        (None, (9, 0), r"CuPy is not installed \(pip install cupy-cuda13x\), so plain torch computes on the GPU"),
+        (object(), (7, 5), r"cuda:0 has compute capability \(7, 5\), the kernels need \(8, 0\), so plain torch"),
+    ],
+)
+def test_why_plain_torch_computes_is_said_once(
+    found: object, capability: tuple[int, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert not kernels_available(GPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not kernels_available()
+        assert not kernels_available(GPU)
 
 
 @pytest.mark.usefixtures("asked_anew")
-def test_with_cupy_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_with_cupy_nothing_is_said(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "cupy" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels_available()
+        assert kernels_available(GPU)
 
 
 def test_the_route_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, cpu, gpu = torch.Size((64, 32, 3, 3)), torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "kernels_available", lambda: True)
+    monkeypatch.setattr(ops, "kernels_available", lambda _: True)
     assert integer_route(shape, 1, cpu) == "reference"
     assert integer_route(shape, 1, gpu) == "implicit"
     assert integer_route(torch.Size((64, 3, 7, 7)), 1, gpu) == "columns"
     assert integer_route(torch.Size((64, 1, 3, 3)), 64, gpu) == "depthwise"
     with reference_only():
         assert integer_route(shape, 1, gpu) == "reference"
-    monkeypatch.setattr(ops, "kernels_available", lambda: False)
+    monkeypatch.setattr(ops, "kernels_available", lambda _: False)
     assert integer_route(shape, 1, gpu) == "reference"
 
 

@@ -210,7 +210,7 @@ HALF, SINGLE = torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Layer:
-    """What the integer kernels are compiled for, and channels."""
+    """What the integer kernels are compiled for, and channels; ``spread`` is of the border's random coefficients."""
 
     channels: int
     outputs: int
@@ -224,6 +224,7 @@ class Layer:
     weight_bits: int = 4
     bits: int = 4
     dtype: torch.dtype = HALF
+    spread: float = 0.5
 
 
 LAYERS = {
@@ -231,28 +232,28 @@ LAYERS = {
     "fused": Layer(32, 40, weight_bits=2, bits=2),
     "fused_groups_8_bit_weights": Layer(40, 70, 2, (3, 3), "border", 2, "stretched", True, True, 8, 4, SINGLE),
     "fused_5x5_8_bits": Layer(20, 24, 1, (5, 5), "border", 3, "clip", True, True, 8, 8, SINGLE),
-    "thresholds_7x7": Layer(16, 9, 1, (7, 7), fused=False, weight_bits=2, bits=2),
+    "thresholds_7x7": Layer(16, 9, 1, (7, 7), fused=False, weight_bits=2, bits=2, spread=0.25),
     "by_position_5x3": Layer(36, 33, 1, (5, 3), "border", 2, "clip", False, False, 4, 3, SINGLE),
-    "thresholds_1x1_4_bits": Layer(64, 50, 1, (1, 1), fused=False, bound="stretched", weight_bits=3),
+    "thresholds_1x1_4_bits": Layer(64, 50, 1, (1, 1), fused=False, bound="stretched", weight_bits=3, spread=0.1),
     "by_position_1x1_8_bits": Layer(16, 20, 1, (1, 1), fused=False, weight_bits=8, bits=8, dtype=SINGLE),
-    "thresholds_groups_3_bits": Layer(60, 24, 3, fused=False, terms=2, bound="clip", bits=3),
+    "thresholds_groups_3_bits": Layer(60, 24, 3, fused=False, terms=2, bound="clip", bits=3, spread=0.08),
     "nearest": Layer(16, 33, quantizer="nearest", weight_bits=2, bits=2, dtype=SINGLE),
     "nearest_1x1_7_bits": Layer(48, 40, 1, (1, 1), "nearest", weight_bits=8, bits=7),
     "pixel_fused_8_bits": Layer(32, 32, quantizer="pixel", alpha=True, weight_bits=2, bits=8),
     "pixel_8_bit_weights": Layer(16, 24, 1, (3, 3), "pixel", 2, "stretched", False, False, 8, 2, SINGLE),
-    "pixel_thresholds_5x5": Layer(16, 12, 1, (5, 5), "pixel", fused=False, weight_bits=2),
+    "pixel_thresholds_5x5": Layer(16, 12, 1, (5, 5), "pixel", fused=False, weight_bits=2, spread=0.25),
     # A matrix product
     "stem_7x7_8_bits": Layer(3, 10, 1, (7, 7), weight_bits=8, bits=8, dtype=SINGLE),
-    "stem_thresholds": Layer(3, 16, fused=False, terms=2),
+    "stem_thresholds": Layer(3, 16, fused=False, terms=2, spread=0.3),
     "channels_not_in_fours": Layer(50, 12, quantizer="nearest", weight_bits=3, bits=3),
     "small_groups": Layer(20, 12, 4, (2, 3), "border", 2, "clip", weight_bits=2, bits=2),
     "two_outputs_a_channel": Layer(6, 12, 6, fused=False, bound="stretched", alpha=False, bits=5, dtype=SINGLE),
     "stem_pixel_8_bits": Layer(5, 7, 1, (3, 3), "pixel", 3, "clip", True, True, 8, 8, SINGLE),
     # Depthwise
     "depthwise_8_bits": Layer(24, 24, 24, weight_bits=8, bits=8),
-    "depthwise_thresholds_5x3": Layer(24, 24, 24, (5, 3), fused=False, weight_bits=3),
+    "depthwise_thresholds_5x3": Layer(24, 24, 24, (5, 3), fused=False, weight_bits=3, spread=0.25),
     "depthwise_7_channels": Layer(7, 7, 7, (3, 3), "border", 2, "stretched", False, False, 3, 4, SINGLE),
-    "depthwise_5_channels_thresholds": Layer(5, 5, 5, fused=False, weight_bits=2, bits=2),
+    "depthwise_5_channels_thresholds": Layer(5, 5, 5, fused=False, weight_bits=2, bits=2, spread=0.25),
     "depthwise_7x7": Layer(8, 8, 8, (7, 7), "border", 3, "clip", True, True, 4, 4, SINGLE),
     "depthwise_nearest_5x5": Layer(12, 12, 12, (5, 5), "nearest", bits=3),
     "depthwise_pixel_8_bits": Layer(16, 16, 16, (5, 5), "pixel", 3, "steep", True, True, 8, 8, SINGLE),
@@ -278,7 +279,7 @@ class Place(NamedTuple):
 
 PLACES = {
     "padded": Place(2, (7, 6), (1, 1), (1, 1), (1, 1), 1, True, True, True),
-    "strided": Place(1, (6, 5), (2, 1), (0, 3), (1, 2), 0, False, False, False),
+    "strided": Place(2, (6, 5), (2, 1), (0, 3), (1, 2), 0, False, False, False),
     "few_windows": Place(3, (0, 0), (1, 1), (0, 0), (1, 1), 3, False, True, False),
     "wide_padding": Place(1, (0, 3), (1, 2), (3, 2), (2, 1), 2, True, False, True),
 }
@@ -319,7 +320,7 @@ def layer_problem(layer: Layer, place: Place, seed: int = 0) -> LayerProblem:
     spec = BorderSpecification(levels, zero_point, layer.bound, layer.fused and layer.quantizer != "nearest")
     border = alpha = None
     if layer.quantizer != "nearest":
-        border = torch.randn(layer.terms, layer.channels, positions, generator=g) * 0.5
+        border = torch.randn(layer.terms, layer.channels, positions, generator=g) * layer.spread
         alpha = torch.rand(layer.channels, positions, generator=g) if layer.alpha else None
     if zero_point == 0:  # in every other channel exactly at a border that is constant
         if border is not None:
@@ -365,8 +366,8 @@ def all_halves(layer: Layer) -> LayerProblem:
 
 
 HALVES = {
-    "thresholds_2_bits": Layer(4, 4, 4, (1, 1), fused=False, bits=2),
-    "thresholds_4_bits": Layer(4, 4, 4, (1, 1), fused=False, bits=4),
+    "thresholds_2_bits": Layer(4, 4, 4, (1, 1), fused=False, bits=2, spread=0.3),
+    "thresholds_4_bits": Layer(4, 4, 4, (1, 1), fused=False, bits=4, spread=0.3),
     "nearest_3_bits": Layer(4, 4, 4, (1, 1), quantizer="nearest", bits=3),
     "evaluated_8_bits": Layer(4, 4, 4, (1, 1), bits=8),
 }

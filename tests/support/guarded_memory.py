@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GUARD = 256
+GUARD = 8192
 """Elements before and after each tensor; a multiple of every alignment that a kernel counts on."""
 
 FILL = 0x7F
