@@ -101,8 +101,9 @@ def _shape_of_input(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
 
 
 def _fixed_batch(model: onnx.ModelProto) -> int:
-    """The batch size that the network was exported for; 0 where it is free."""
-    return int(_only_input(model).type.tensor_type.shape.dim[0].dim_value)
+    """The batch size that the network was exported for; 0 where it is free or the input has no shape."""
+    dims = _only_input(model).type.tensor_type.shape.dim
+    return int(dims[0].dim_value) if dims else 0
 
 
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
