@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from record import command, commit
 
 import aquant_core
 from aquant_core.config import Method, PresetName, QuantizationConfig
@@ -60,7 +59,6 @@ def main() -> None:
 
 def measured(report: dict[str, Any]) -> dict[str, Any]:
     """What a cell keeps of its report, and where it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "accuracy": report["accuracy"],
         "size": report["size"],
@@ -71,8 +69,8 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "versions": report["versions"],
         "digests": report["digests"],
-        "commit": commit,
-        "command": " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "command": command(),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, write
+from record import RESULTS, about, write
 
 import aquant_core
 from aquant_core.architectures import build
@@ -50,13 +50,11 @@ def main() -> None:
         ),
     }
     results = {
-        "network": options.network,
-        "batch": options.batch,
+        "about": about(torch.device("cpu"), network=options.network, batch=options.batch, size=options.size, seed=0),
         "rates": {"copy": COPY_RATE, "bf16": BF16_RATE, "lanes": LANES_RATE},
         "elements": totals,
         "microseconds": floors,
         "microseconds_by_instruction_on_each_column_element": round(1e6 * totals["columns"] / LANES_RATE, 1),
-        "command": f"python benchmarks/floors.py --network {options.network}",
     }
     write(options.out, results)
     for design, microseconds in floors.items():

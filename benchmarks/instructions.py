@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from floors import LANES_RATE
-from record import RESULTS, write
+from record import RESULTS, about, write
 
 from cupy_kernels.compilation import OPTIONS, source
 
@@ -49,8 +50,10 @@ def main() -> None:
             "least_microseconds": round(1e6 * count * options.columns / LANES_RATE),
         }
         print(name, rows[name])
-    about = {"columns": options.columns, "lanes_per_second": LANES_RATE, "architecture": "sm_90"}
-    write(options.out, about | {"quantizers": rows, "command": "python benchmarks/instructions.py"})
+    from cupy_backends.cuda.libs import nvrtc
+
+    compiler = {"nvrtc": list(nvrtc.getVersion()), "architecture": "sm_90", "lanes_per_second": LANES_RATE}
+    write(options.out, {"about": about(torch.device("cpu"), columns=options.columns, **compiler), "quantizers": rows})
 
 
 def machine_code(constants: dict[str, int]) -> str:

@@ -25,6 +25,8 @@ SIZE = 224
 
 
 def main() -> None:
+    from record import command, commit
+
     from aquant_core.pipeline import versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,9 +51,8 @@ def main() -> None:
         logits = {row[budget].pop("logits") for budget in options.budgets}
         if len(options.budgets) > 1:
             row["same_bytes"] = len(logits) == 1
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        row |= {"images": options.images, "batch_size": 32, "versions": versions(), "commit": commit.stdout.strip()}
-        row |= {"command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]), "threads": os.cpu_count()}
+        row |= {"images": options.images, "batch_size": 32, "versions": versions(), "commit": commit()}
+        row |= {"command": command(), "threads": os.cpu_count()}
         results["networks"][network] = row
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         shares = [f"{budget} {row[budget]['measured'] / row[budget]['forecast']:.2f}" for budget in options.budgets]

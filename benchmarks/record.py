@@ -22,24 +22,34 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def about(device: torch.device, **settings: Any) -> dict[str, Any]:
-    """Where, with what and how it was measured. ``COMMIT`` names the commit where there is no repository."""
+    """Where, with what and how it was measured."""
     packages = versions()
     if device.type == "cuda":
         import cupy
 
         packages |= {"cuda": str(torch.version.cuda), "cupy": cupy.__version__}
-    commit = os.environ.get("COMMIT", "")
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or commit
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": commit,
+        "command": command(),
+        "commit": commit(),
         "versions": packages,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         **settings,
     }
+
+
+def command() -> str:
+    """As it was called."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def commit() -> str:
+    """Of the checkout; where there is no repository, what ``COMMIT`` says."""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            return git.stdout.strip()
+    return os.environ.get("COMMIT", "")
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
@@ -63,11 +73,8 @@ def replayable(run: Callable[[], Any], device: torch.device) -> Callable[[], Any
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-
-    def replay(held: object = run) -> None:  # noqa: ARG001 - the graph reads and writes what ``run`` holds
-        graph.replay()
-
-    return replay
+    held = graph, run  # the graph reads and writes what ``run`` holds
+    return lambda: held[0].replay()
 
 
 def microseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:

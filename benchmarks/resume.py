@@ -67,12 +67,13 @@ def main() -> None:
             digests.append(digest(folder / "result.safetensors"))
             print("a run ended:", "the same bytes" if digests[-1] == wanted else "OTHER BYTES", flush=True)
             shutil.rmtree(folder / "blocks")
+    from record import command, commit
+
     from aquant_core.pipeline import versions
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
-        "command": " ".join(["python", "benchmarks/resume.py", *sys.argv[1:]]),
-        "commit": commit,
+        "command": command(),
+        "commit": commit(),
         "versions": versions(),
         "seed": options.seed,
         "config": CONFIG,

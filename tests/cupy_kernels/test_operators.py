@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch.library import opcheck
 from cupy_kernels import cuda_training, operators, reference
 from cupy_kernels.operators import _flat_grid, _flat_window
 from cupy_kernels.packing import PackedLayer, Route
+from cupy_kernels.specification import Window
 
 TRAINING = ("3x3_all", "3x3_linear_by_position", "1x1_nearest", "3x3_depthwise_all")
 
@@ -79,6 +81,12 @@ def test_border_gradients_of_channels_last(computed_by: str) -> None:  # noqa: A
     x, *rest = operator_arguments("3x3_all")
     arguments = gradient_arguments((x.contiguous(memory_format=torch.channels_last), *rest), columns=True)
     opcheck(operators.border_gradients, arguments)
+
+
+@pytest.mark.parametrize(("kernel", "by"), [((16, 16), cuda_training), ((17, 16), reference)])
+def test_windows_too_large_for_the_kernels_go_to_the_reference(kernel: tuple[int, int], by: object) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert operators._module(on_gpu, _flat_window(Window(kernel))) is by  # type: ignore[arg-type]
 
 
 def packed_arguments(x: Tensor, layer: PackedLayer, residual: Tensor | None, relu: bool) -> tuple[Any, ...]:
