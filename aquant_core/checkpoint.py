@@ -17,7 +17,7 @@ from aquant_core.border import STORED_TYPE
 from aquant_core.config import FLOAT_BITS, BorderConfig
 from aquant_core.errors import CheckpointError, ModelFormatError
 from aquant_core.graph import CapturedModel
-from aquant_core.layers import QuantizedLayer
+from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
 
@@ -57,6 +57,9 @@ def tensors_of(model: QuantizedModel) -> dict[str, Tensor]:
             tensors[f"{name}.border"] = layer.border.coefficients.to(STORED_TYPE)
             if layer.border.alpha is not None:
                 tensors[f"{name}.alpha"] = layer.border.alpha.to(STORED_TYPE)
+    for name, quantizer in model.quantizers.items():
+        if quantizer.activation_scale is not None:
+            tensors[f"{name}.scale"] = quantizer.activation_scale.reshape(1)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -79,12 +82,15 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
         ]
         for name, layer in model.layers.items()
     ]
+    quantizers = [[name, part.activation_bits, part.zero_point] for name, part in model.quantizers.items()]
     border = next((layer.border_config for layer in model.layers.values() if layer.border is not None), None)
     document = {
         "format": FORMAT,
         **about,
         "graph": model.graph.document(),
         "layers": layers,
+        "quantizers": quantizers,
+        "a_rounding": any(layer.a_rounding for layer in model.layers.values()),
         "border": None if border is None else border.model_dump(),
     }
     path = Path(path)
@@ -129,7 +135,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
-    names = {entry[0] for entry in document["layers"]}
+    # Checkpoints of versions that quantized layers' inputs alone have neither quantizers nor a_rounding.
+    quantizers = document.get("quantizers", [])
+    names = {entry[0] for entry in (*document["layers"], *quantizers)}
     flat = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[0] not in names}
     weights: dict[str, WeightRounding] = {}
     for name, bits, _, _, shape, biased in document["layers"]:
@@ -141,28 +149,34 @@ def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedM
         if biased:
             flat[f"{name}.bias"] = _tensor(tensors, f"{name}.bias", [shape[0]])
     model = QuantizedModel(CapturedModel.from_document(document["graph"], flat))
-    if set(model.layers) != names:
+    if set(model.layers) | set(model.quantizers) != names:
         raise CheckpointError("The layer table and the graph disagree.", _REMEDY)
     for name, weight_bits, activation_bits, zero_point, *_ in document["layers"]:
         layer = model.layers[name]
         layer.weight, layer.weight_bits = weights.get(name), weight_bits
-        if activation_bits != FLOAT_BITS:
-            scale = _tensor(tensors, f"{name}.input_scale", [1]).reshape(())
-            grid = UniformGrid(scale, torch.tensor(float(zero_point)), largest_code(activation_bits))
-            layer.quantize_activation(grid, activation_bits)
-            if document["border"] is not None:
-                _add_border(layer, name, BorderConfig(**document["border"]), tensors)
+        layer.a_rounding = document.get("a_rounding", False)
+        _quantize(layer, f"{name}.input_scale", activation_bits, zero_point, tensors)
+        if activation_bits != FLOAT_BITS and document["border"] is not None:
+            _add_border(layer, name, BorderConfig(**document["border"]), tensors)
+    for name, bits, zero_point in quantizers:
+        _quantize(model.quantizers[name], f"{name}.scale", bits, zero_point, tensors)
     return model.requires_grad_(False)
 
 
+def _quantize(
+    part: ActivationQuantizer, scale_name: str, bits: int, zero_point: int, tensors: Mapping[str, Tensor]
+) -> None:
+    if bits != FLOAT_BITS:
+        scale = _tensor(tensors, scale_name, [1]).reshape(())
+        part.quantize_activation(UniformGrid(scale, torch.tensor(float(zero_point)), largest_code(bits)), bits)
+
+
 def _add_border(layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]) -> None:
-    layer.add_border(config)
-    assert layer.border is not None
+    border = layer.add_border(config)
     with torch.no_grad():
-        coefficients = layer.border.coefficients
-        coefficients.copy_(_tensor(tensors, f"{name}.border", list(coefficients.shape)))
-        if layer.border.alpha is not None:
-            layer.border.alpha.copy_(_tensor(tensors, f"{name}.alpha", list(layer.border.alpha.shape)))
+        border.coefficients.copy_(_tensor(tensors, f"{name}.border", list(border.coefficients.shape)))
+        if border.alpha is not None:
+            border.alpha.copy_(_tensor(tensors, f"{name}.alpha", list(border.alpha.shape)))
 
 
 def _weight(tensors: Mapping[str, Tensor], name: str, bits: int, shape: torch.Size) -> WeightRounding:

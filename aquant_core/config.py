@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["nearest", "aquant_no_border", "qdrop_refactored", "aquant"]
+Method = Literal[
+    "nearest", "a_rounding", "adaround", "brecq", "qdrop", "qdrop_refactored", "aquant_no_border", "aquant"
+]
 PresetName = Literal["smoke", "fast", "paper"]
+ProtocolName = Literal["paper", "qdrop", "brecq", "all-low-bit"]
 
 FLOAT_BITS = 32
 """Bit width that stands for "not quantized"."""
@@ -72,21 +75,104 @@ class LayerOverride(_Strict):
     activation_bits: Bits | None = None
 
 
+class Protocol(_Strict):
+    """What is kept at more bits than the rest, which published tables mix silently.
+
+    ``high`` stands for ``first_last_bits``, ``low`` for the network's own widths.
+
+    Attributes:
+        first_last_weights: weights of the first and the last layer.
+        model_input, last_layer_input: what the first and the last layer read.
+        second_layer_input: what is read of the first layer's output.
+        shortcut: the value that an identity shortcut adds. Methods that quantize outputs quantize it anyway.
+    """
+
+    first_last_weights: Literal["high", "low"]
+    model_input: Literal["high", "low", "float"]
+    last_layer_input: Literal["high", "low"]
+    second_layer_input: Literal["high", "low"]
+    shortcut: Literal["float", "low"]
+
+
+def _protocol(*switches: str) -> Protocol:
+    return Protocol.model_validate(dict(zip(Protocol.model_fields, switches, strict=True)))
+
+
+PROTOCOLS: dict[ProtocolName, Protocol] = {
+    # Section 5.3's parameter counts include the first and the last layer, so both have a border, at 8 bits.
+    "paper": _protocol("high", "high", "high", "low", "float"),
+    # QDrop (Wei et al. 2022), its published code: images stay float; outputs are quantized, shortcuts with them.
+    "qdrop": _protocol("high", "float", "high", "low", "low"),
+    # BRECQ (Li et al. 2021), its published code: the first layer's output has 8 bits, the last layer's input has not.
+    "brecq": _protocol("high", "float", "low", "high", "low"),
+    "all-low-bit": _protocol("low", "low", "low", "low", "low"),
+}
+"""Where the published tables keep more bits: weights of first and last layer, images, last and second layer's input,
+shortcut."""
+
+
+class ProtocolSwitches(_Strict):
+    """What is to be otherwise than in the named protocol; null leaves it as it is (see ``Protocol``)."""
+
+    first_last_weights: Literal["high", "low"] | None = None
+    model_input: Literal["high", "low", "float"] | None = None
+    last_layer_input: Literal["high", "low"] | None = None
+    second_layer_input: Literal["high", "low"] | None = None
+    shortcut: Literal["float", "low"] | None = None
+
+
 class QuantizationConfig(_Strict):
     """A quantization job's configuration; only the bit widths are required."""
 
     method: Method = "aquant"
     weight_bits: Bits
     activation_bits: Bits
-    first_last_bits: Annotated[Bits, Field(description="Weights and inputs of the first and the last layer.")] = 8
+    first_last_bits: Annotated[
+        Bits, Field(description="What the protocol keeps at more bits: weights and inputs of first and last layer.")
+    ] = 8
     preset: PresetName = "fast"
     iterations: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Steps per block; null takes the preset's.")
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     border: BorderConfig = BorderConfig()
-    protocol: Literal["paper"] = "paper"
+    protocol: Annotated[
+        ProtocolName, Field(description="What is kept at `first_last_bits`, and whether shortcuts are quantized.")
+    ] = "paper"
+    protocol_switches: ProtocolSwitches = ProtocolSwitches()
     architecture: Annotated[
         str | None, Field(max_length=64, description="Name of the network a state dict belongs to.")
     ] = None
     layers: Annotated[dict[str, LayerOverride], Field(max_length=4096)] = {}
+    compare: Annotated[
+        list[Method], Field(max_length=8, description="Methods to run beside `method`, for one table in the report.")
+    ] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_fusion(cls, data: Any) -> Any:
+        """Where nothing is said of fusion, the paper's recipe has it and the short ones do without."""
+        if not isinstance(data, dict):
+            return data
+        border = data.get("border", {})
+        if isinstance(border, BorderConfig):
+            border = border.model_dump(exclude_unset=True)
+        if not isinstance(border, dict) or "fusion" in border:
+            return data
+        by_channel = border.get("granularity") == "channel"
+        fused = border.get("alpha") == "learned" or (data.get("preset") == "paper" and not by_channel)
+        return data | {"border": border | {"fusion": "channel_mean" if fused else "none"}}
+
+    @model_validator(mode="after")
+    def _refuse_running_twice(self) -> Self:
+        methods = [self.method, *self.compare]
+        twice = next((name for name in methods if methods.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f'compare: "{twice}" would run twice; name each method once, and not "method" itself')
+        return self
+
+    @property
+    def resolved_protocol(self) -> Protocol:
+        """The named protocol with the switches that the configuration sets otherwise."""
+        switches = self.protocol_switches.model_dump(exclude_none=True)
+        return PROTOCOLS[self.protocol].model_copy(update=switches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from aquant_core.border import STORED_TYPE
 from aquant_core.config import BorderConfig
 from aquant_core.errors import ResumeError
+from aquant_core.graph import Node
+from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
 
@@ -29,13 +32,14 @@ class FinishedBlocks:
     Args:
         folder: made if it is not there.
         run: JSON values that decide the outcome; blocks of a run with others are refused.
+        label: tells the blocks of several methods in one folder apart.
 
     Raises:
         ResumeError: ``folder`` is a file.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, run: dict[str, Any], label: str = "") -> None:
+        self._folder, self._label = folder, label
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
         if folder.exists() and not folder.is_dir():
             raise ResumeError(f"{folder} is a file.", "Give a folder; it is made if it is not there.")
@@ -88,7 +92,8 @@ class FinishedBlocks:
         return entry
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:04d}.safetensors"
+        name = "-".join(filter(None, ("block", self._label, f"{index:04d}")))
+        return self._folder / f"{name}.safetensors"
 
 
 def _digest(tensors: dict[str, Tensor], entry: dict[str, Any]) -> str:
@@ -101,30 +106,37 @@ def _digest(tensors: dict[str, Tensor], entry: dict[str, Any]) -> str:
 
 def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for node in block.layers:
-        layer = model.layers[node.name]
-        if layer.weight is not None:
-            tensors[f"{node.name}.codes"] = layer.weight.codes.to(torch.uint8)
-        if layer.activation_scale is not None:
-            tensors[f"{node.name}.input_scale"] = layer.activation_scale
-        if layer.border is not None:
-            tensors[f"{node.name}.border"] = layer.border.coefficients.to(STORED_TYPE)
-            if layer.border.alpha is not None:
-                tensors[f"{node.name}.alpha"] = layer.border.alpha.to(STORED_TYPE)
+    for node, part in _parts(block, model):
+        if isinstance(part, QuantizedLayer) and part.weight is not None:
+            tensors[f"{node.name}.codes"] = part.weight.codes.to(torch.uint8)
+        if part.activation_scale is not None:
+            tensors[f"{node.name}.input_scale"] = part.activation_scale
+        if part.border is not None:
+            tensors[f"{node.name}.border"] = part.border.coefficients.to(STORED_TYPE)
+            if part.border.alpha is not None:
+                tensors[f"{node.name}.alpha"] = part.border.alpha.to(STORED_TYPE)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def _put_tensors(block: Block, model: QuantizedModel, border: BorderConfig, tensors: dict[str, Tensor]) -> None:
-    for node in block.layers:
-        layer = model.layers[node.name]
-        if layer.weight is not None:
-            layer.weight.codes.copy_(tensors[f"{node.name}.codes"])
-        if layer.activation_scale is not None:
-            layer.activation_scale.copy_(tensors[f"{node.name}.input_scale"])
+    for node, part in _parts(block, model):
+        if part.activation_scale is not None:
+            part.activation_scale.copy_(tensors[f"{node.name}.input_scale"])
+        if not isinstance(part, QuantizedLayer):
+            continue
+        if part.weight is not None:
+            part.weight.codes.copy_(tensors[f"{node.name}.codes"])
         if f"{node.name}.border" in tensors:
-            layer.add_border(border)
-            assert layer.border is not None
-            layer.border.coefficients.copy_(tensors[f"{node.name}.border"])
-            if layer.border.alpha is not None:
-                layer.border.alpha.copy_(tensors[f"{node.name}.alpha"])
+            learned = part.add_border(border)
+            learned.coefficients.copy_(tensors[f"{node.name}.border"])
+            if learned.alpha is not None:
+                learned.alpha.copy_(tensors[f"{node.name}.alpha"])
+
+
+def _parts(block: Block, model: QuantizedModel) -> Iterator[tuple[Node, ActivationQuantizer]]:
+    """The block's layers and quantizers by node."""
+    for node in block.nodes:
+        part = model.layers.get(node.name) or model.quantizers.get(node.name)
+        if part is not None:
+            yield node, part

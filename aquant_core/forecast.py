@@ -14,10 +14,11 @@ from aquant_core.caches import BlockCache, Cache, Placement
 from aquant_core.config import FLOAT_BITS, QuantizationConfig
 from aquant_core.evaluation import evaluation_batch_size
 from aquant_core.graph import CapturedModel
-from aquant_core.model import QuantizedModel, bits_of_layers, run_float_block
+from aquant_core.layers import ActivationQuantizer
+from aquant_core.model import QuantizedModel, bits_of_layers, bits_of_marks, run_float_block
 from aquant_core.partition import Block
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
-from aquant_core.reconstruction import BlockLearner, Schedule, is_quantized
+from aquant_core.reconstruction import BlockLearner, Schedule, is_learned, units_of
 from aquant_core.resources import PeakMemory, Resources, resident_bytes
 from aquant_core.schedules import WARM_UP
 
@@ -65,12 +66,15 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Measured on one block: seconds and bytes beyond what was there."""
+    """Measured on one block: seconds and bytes beyond what was there, and the numbers in an image of its output and of
+    the largest target within it.
+    """
 
     seconds: float
     step_bytes: int
     hand_on_bytes: int
-    output_shape: torch.Size
+    output_numbers: int
+    inner_numbers: int
 
 
 def forecast(
@@ -81,6 +85,7 @@ def forecast(
     schedule: Schedule,
     resources: Resources,
     check: Callable[[], None] = lambda: None,
+    others: int = 0,
 ) -> Forecast:
     """Tries every block on a few images and extrapolates.
 
@@ -92,6 +97,7 @@ def forecast(
         schedule: method, preset and border.
         resources: budgets, by which the caches are placed.
         check: called between blocks; may raise to stop.
+        others: how many methods are run beside this one.
     """
     device = resources.device
     batch = images[: max(evaluation_batch_size(images), schedule.preset.batch_size)]
@@ -105,15 +111,24 @@ def forecast(
             trial, value = _try_block(graph, block, value, config, schedule, len(images))
             trials.append(trial)
     del value
-    return _place(graph, blocks, trials, len(images), resources)
+    return _place(graph, blocks, trials, len(images), resources, others)
+
+
+def together(forecasts: list[Forecast]) -> Forecast:
+    """What several methods take that go through the blocks together."""
+    blocks = []
+    for same in zip(*(forecast.blocks for forecast in forecasts), strict=True):
+        seconds, peak = sum(block.seconds for block in same), max(block.peak_bytes for block in same)
+        blocks.append(replace(same[0], seconds=seconds, peak_bytes=peak))
+    return Forecast(tuple(blocks))
 
 
 def _try_block(
     graph: CapturedModel, block: Block, value: Tensor, config: QuantizationConfig, schedule: Schedule, images: int
 ) -> tuple[_Trial, Tensor]:
-    """Hands one batch on and does two iterations, one while the rounding schedule is 0 and one after."""
+    """Hands one batch on and does two iterations of each unit."""
     device = value.device
-    model = _roughly_quantized(graph, block, value, config)
+    model = _roughly_quantized(graph, block, value, config, schedule)
     peak = PeakMemory(device)
     started = time.perf_counter()
     output = run_float_block(graph, block, value)
@@ -124,21 +139,33 @@ def _try_block(
     # Twice through the quantized block: for its error before, and to hand on what it has become.
     passing = ((middle - started) + 2 * (time.perf_counter() - middle)) * images / len(value)
     handing_on = peak.read() - peak.start
-    if not is_quantized(model.layers_of(block)):
-        return _Trial(passing, 0, handing_on, output.shape), output
+    learning, step_bytes, inner_numbers = 0.0, 0, 0
+    for unit in units_of(block, schedule.method):
+        if is_learned(model.learned_in(unit), schedule.method):
+            target = output if unit is block else run_float_block(graph, unit, value)
+            inner_numbers = max(inner_numbers, 0 if unit is block else target[0].numel())
+            seconds, taken = _try_unit(model, unit, value, target, schedule)
+            learning, step_bytes = learning + seconds, max(step_bytes, taken)
+    return _Trial(passing + learning, step_bytes, handing_on, output[0].numel(), inner_numbers), output
+
+
+def _try_unit(
+    model: QuantizedModel, unit: Block, value: Tensor, target: Tensor, schedule: Schedule
+) -> tuple[float, int]:
+    """Does two iterations, one while the rounding schedule is 0 and one after; seconds of all, bytes of one."""
+    device = value.device
     size = min(schedule.preset.batch_size, len(value))
-    cache = BlockCache(*(Cache.of(tensor[:size], device) for tensor in (value, value, output)))
+    cache = BlockCache(*(Cache.of(tensor[:size], device) for tensor in (value, value, target)))
     peak = PeakMemory(device)
     generator = torch.Generator(device).manual_seed(0)
     short = replace(schedule, preset=replace(schedule.preset, iterations=_ITERATIONS))
     with torch.enable_grad():
-        learner = BlockLearner(model, block, cache, short, generator)
+        learner = BlockLearner(model, unit, cache, short, generator)
         for step in _TRIED:  # what is done once: memory is taken, a graph is captured
             learner.step(step)
         seconds = [_seconds_of(learner, step, device) for step in _TRIED]
-    preset = schedule.preset
-    learning = preset.iterations * (WARM_UP * seconds[0] + (1 - WARM_UP) * seconds[1])
-    return _Trial(passing + learning, peak.read() - peak.start, handing_on, output.shape), output
+    learning = schedule.preset.iterations * (WARM_UP * seconds[0] + (1 - WARM_UP) * seconds[1])
+    return learning, peak.read() - peak.start
 
 
 def _seconds_of(learner: BlockLearner, step: int, device: torch.device) -> float:
@@ -149,10 +176,15 @@ def _seconds_of(learner: BlockLearner, step: int, device: torch.device) -> float
     return time.perf_counter() - started
 
 
-def _roughly_quantized(graph: CapturedModel, block: Block, value: Tensor, config: QuantizationConfig) -> QuantizedModel:
+def _roughly_quantized(
+    graph: CapturedModel, block: Block, value: Tensor, config: QuantizationConfig, schedule: Schedule
+) -> QuantizedModel:
     """A network whose ``block`` costs what it will cost; its steps come from ranges, not from a search."""
     model = QuantizedModel(graph)
-    bits = bits_of_layers(model.layers, config)
+    bits = bits_of_layers(graph, config)
+    inputs: dict[str, tuple[ActivationQuantizer, int]] = {
+        name: (model.quantizers[name], width) for name, width in bits_of_marks(graph, bits, config).items()
+    }
     for node in block.layers:
         layer = model.layers[node.name]
         layer.weight_bits, activation_bits = bits[node.name]
@@ -161,21 +193,24 @@ def _roughly_quantized(graph: CapturedModel, block: Block, value: Tensor, config
             scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-8) / largest_code(layer.weight_bits)
             grid = UniformGrid(scale, torch.zeros_like(scale), largest_code(layer.weight_bits))
             layer.weight = WeightRounding.nearest(layer.float_weight, grid)
-        if activation_bits != FLOAT_BITS:
-            scale = value.abs().max().clamp(min=1e-8) / largest_code(activation_bits)
-            layer.quantize_activation(UniformGrid(scale, torch.zeros_like(scale), 0), activation_bits)
+        if schedule.method.placement == "input":
+            inputs[node.name] = layer, activation_bits
+    for part, width in inputs.values():
+        if width != FLOAT_BITS:
+            scale = value.abs().max().clamp(min=1e-8) / largest_code(width)
+            part.quantize_activation(UniformGrid(scale, torch.zeros_like(scale), 0), width)
     return model
 
 
 def _place(
-    graph: CapturedModel, blocks: list[Block], trials: list[_Trial], images: int, resources: Resources
+    graph: CapturedModel, blocks: list[Block], trials: list[_Trial], images: int, resources: Resources, others: int
 ) -> Forecast:
     """Decides for every block where target and output go: as near to the device as both its own and the next block's
     needs allow.
     """
     on_cpu = resources.device.type == "cpu"
     # While a network is quantized, each weight has a code and a fraction beside its float value.
-    codes = sum(2 * _FLOAT * graph.weights[node.name]["weight"].numel() for node in graph.layers)
+    codes = (1 + others) * sum(2 * _FLOAT * graph.weights[node.name]["weight"].numel() for node in graph.layers)
     start = PeakMemory(resources.device).start + codes
     budgets: list[tuple[Placement, int]] = [("memory", resources.memory_budget())]
     if not on_cpu:
@@ -183,24 +218,30 @@ def _place(
     counted = "memory" if on_cpu else "device"
     forecasts, before, before_placement = [], 0, "memory"  # the images themselves are part of ``start``
     for index, (block, trial) in enumerate(zip(blocks, trials, strict=True)):
-        pair = _FLOAT * images * trial.output_shape[1:].numel()
+        pair, inner = _FLOAT * images * trial.output_numbers, _FLOAT * images * trial.inner_numbers
         following = trials[index + 1].step_bytes if index + 1 < len(trials) else 0
         placement: Placement = "disk"
         for candidate, budget in budgets:
             floor = start if candidate == counted else resident_bytes()
             held = before if before_placement == candidate else 0
-            if floor + max(_live(held, pair, trial), 2 * pair + following) <= budget:
+            live = _live(held, pair, inner, trial, others)
+            if floor + max(live, (2 + others) * pair + following) <= budget:
                 placement = candidate
                 break
-        held, added = (
-            size if where == counted else 0 for size, where in ((before, before_placement), (pair, placement))
+        held, added, inside = (
+            size if where == counted else 0
+            for size, where in ((before, before_placement), (pair, placement), (inner, placement))
         )
-        peak = start + _live(held, added, trial)
+        peak = start + _live(held, added, inside, trial, others)
         forecasts.append(BlockForecast(block.name, trial.seconds, peak, placement))
         before, before_placement = pair, placement
     return Forecast(tuple(forecasts))
 
 
-def _live(before: int, pair: int, trial: _Trial) -> int:
-    """Bytes while a block is learned (noised, clean and target), or handed on (noised, target and output)."""
-    return max(2 * before + pair + trial.step_bytes, before + 2 * pair + trial.hand_on_bytes)
+def _live(before: int, pair: int, inner: int, trial: _Trial, others: int) -> int:
+    """Bytes while a block is learned (noised, clean, target), or handed on (noised, target, output); the other methods
+    each hold an input or an output meanwhile, and the clean input until all have learned.
+    """
+    learning = 2 * before + pair + inner + trial.step_bytes
+    handing_on = (2 if others else 1) * before + 2 * pair + trial.hand_on_bytes
+    return others * max(before, pair) + max(learning, handing_on)

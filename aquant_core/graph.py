@@ -25,7 +25,10 @@ INPUT = "input"
 """Name of the value that enters the graph."""
 
 LAYERS = ("conv2d", "linear")
-"""The operators that are quantized."""
+"""The operators whose weight and input are quantized."""
+
+QUANTIZE = "quantize"
+"""The operator that marks where a value itself is quantized (see ``placement``); float networks pass it on."""
 
 _FORMAT = "aquant-graph/1"
 _FORMAT_KEY = "graph"  # the header has this one key: several would be written in no fixed order
@@ -153,6 +156,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "sub": _binary(torch.sub),
     "mul": _binary(torch.mul),
     "div": _binary(torch.div),
+    QUANTIZE: _unary(lambda x: x),
 }
 """Name -> function(attributes, weights, *values) -> value."""
 
@@ -172,6 +176,11 @@ ELEMENTWISE = frozenset(
     )
 )
 """Activation functions: one value in, one of the same shape out."""
+
+PASSED_ON = frozenset(
+    ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "reshape", "permute", "slice", "pad")
+)
+"""Operators that bring one value to where it is read, pooled or in another shape."""
 
 
 class CapturedModel:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aquant_core.a_rounding import a_rounded_convolution
 from aquant_core.border import Border
-from aquant_core.config import BorderConfig
+from aquant_core.config import FLOAT_BITS, BorderConfig
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
 from cupy_kernels.convolution import border_convolution
 from cupy_kernels.ops import border_columns
@@ -36,21 +37,86 @@ class Dropping:
         return torch.where(kept, float_values, quantized)
 
 
-class QuantizedLayer(nn.Module):
-    """One conv2d or linear node with quantized weight and input.
+class ActivationQuantizer(nn.Module):
+    """Quantizes a value: x_hat = s (q - z), with a border or rounded to nearest.
 
     Attributes:
-        weight: a ``WeightRounding``, or None for a float weight.
-        activation_scale: s, learned; None for a float input.
-        zero_point: z of the input.
+        activation_scale: s, learned; None where the value stays float.
+        zero_point: z.
         border: the border, or None for B = 1/2.
         rounding: alpha of the rounding schedule (appendix Eq. 2), 1 outside reconstruction. While it is 0 it must be
             the number, since a tensor's value is not looked at.
-        dropping: how quantized inputs are replaced by float ones while a block is reconstructed, or None.
+        dropping: how quantized values are replaced by float ones while a block is reconstructed, or None.
+    """
+
+    activation_scale: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation_bits = FLOAT_BITS
+        self.register_parameter("activation_scale", None)
+        self.zero_point = 0
+        self.border: Border | None = None
+        self.border_config = BorderConfig()
+        self.rounding: float | Tensor = 1.0
+        self.dropping: Dropping | None = None
+
+    def quantize_activation(self, grid: UniformGrid, bits: int, device: torch.device | None = None) -> None:
+        """From now on the value is quantized, rounded to nearest."""
+        self.activation_scale = nn.Parameter(grid.scale.to(device or grid.scale.device, copy=True))
+        self.zero_point = int(grid.zero_point)
+        self.activation_bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat of x's own shape, (N, C, H, W) or (..., F): with one border per channel or feature, or none.
+
+        While the rounding schedule is 0 the border does not matter, whatever its granularity.
+        """
+        scale = self.activation_scale
+        if scale is None:
+            return x
+        border = self.border.coefficients if self.border is not None and self._rounds else None
+        maps = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
+        spec = self.specification(fused=False)
+        quantized = border_columns(maps, scale, border, None, Window(), spec, self.rounding).reshape(x.shape)
+        return quantized if self.dropping is None else self.dropping(quantized, x)
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether the rounding schedule has left 0."""
+        return isinstance(self.rounding, Tensor) or self.rounding > 0
+
+    def specification(self, fused: bool) -> BorderSpecification:
+        """The static part of its quantization."""
+        config = self.border_config
+        levels = largest_code(self.activation_bits)
+        return BorderSpecification(levels, self.zero_point, config.bound, fused, config.input_gradient)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Puts the learned parameters back where they have a meaning: a positive step, alpha in [0, 1]."""
+        if self.activation_scale is not None:
+            self.activation_scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        if self.border is not None:
+            self.border.project()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Ends learning: the border has its stored precision, the schedule is over."""
+        if self.border is not None:
+            self.border.round_to_stored_type()
+        self.rounding, self.dropping = 1.0, None
+
+
+class QuantizedLayer(ActivationQuantizer):
+    """One conv2d or linear node with quantized weight, and quantized input unless that is quantized where it is made.
+
+    Attributes:
+        weight: a ``WeightRounding``, or None for a float weight.
+        a_rounding: whether the input's roundings are flipped window by window (appendix A); it has no border then.
     """
 
     weight: WeightRounding | None
-    activation_scale: nn.Parameter | None
     bias: Tensor | None
     float_weight: Tensor
 
@@ -70,33 +136,31 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("float_weight", weight)
         self.register_buffer("bias", bias)
         self.weight = None
-        self.weight_bits = self.activation_bits = 32
-        self.register_parameter("activation_scale", None)
-        self.zero_point = 0
-        self.border: Border | None = None
-        self.border_config = BorderConfig()
-        self.rounding: float | Tensor = 1.0
-        self.dropping: Dropping | None = None
+        self.weight_bits = FLOAT_BITS
+        self.a_rounding = False
 
-    def quantize_activation(self, grid: UniformGrid, bits: int) -> None:
-        """From now on the input is quantized, rounded to nearest."""
-        self.activation_scale = nn.Parameter(grid.scale.to(self.float_weight.device, copy=True))
-        self.zero_point = int(grid.zero_point)
-        self.activation_bits = bits
+    def quantize_activation(self, grid: UniformGrid, bits: int, device: torch.device | None = None) -> None:
+        super().quantize_activation(grid, bits, device or self.float_weight.device)
 
-    def add_border(self, config: BorderConfig) -> None:
+    def add_border(self, config: BorderConfig) -> Border:
         """Gives a quantized input an adaptive border, at first B = 1/2."""
         self.border_config = config
         self.border = Border(config, self.in_channels, self.window.positions).to(self.float_weight.device)
+        return self.border
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.float_weight if self.weight is None else self.weight()
+        if self.a_rounding and self.activation_scale is not None:
+            quantizer = UniformGrid(
+                self.activation_scale, torch.tensor(self.zero_point), largest_code(self.activation_bits)
+            )
+            return a_rounded_convolution(x, quantizer, weight, self.bias, self.window, self.groups)
         if self.op == "linear":
-            return F.linear(self._quantized_pixels(x), weight, self.bias)
+            return F.linear(super().forward(x), weight, self.bias)
         if self.has_border_by_position and self._rounds:
             return self._convolve_columns(x, weight)
-        return F.conv2d(
-            self._quantized_pixels(x),
+        return F.conv2d(  # it pads x_hat with 0, which is the code z
+            super().forward(x),
             weight,
             self.bias,
             self.window.stride,
@@ -109,35 +173,6 @@ class QuantizedLayer(nn.Module):
     def has_border_by_position(self) -> bool:
         """Whether a pixel's code depends on where in the window it stands."""
         return self.border is not None and self.border.coefficients.shape[2] > 1
-
-    @property
-    def _rounds(self) -> bool:
-        """Whether the rounding schedule has left 0."""
-        return isinstance(self.rounding, Tensor) or self.rounding > 0
-
-    def specification(self, fused: bool) -> BorderSpecification:
-        """The static part of its activation quantization."""
-        config = self.border_config
-        levels = largest_code(self.activation_bits)
-        return BorderSpecification(levels, self.zero_point, config.bound, fused, config.input_gradient)
-
-    def _quantized_pixels(self, x: Tensor) -> Tensor:
-        """x_hat of x's own shape: for linear layers, one border per channel, no border, or a plain clip.
-
-        While the rounding schedule is 0 the border does not matter, whatever its granularity. A convolution
-        pads x_hat with 0, which is the code z.
-        """
-        scale = self.activation_scale
-        if scale is None:
-            return x
-        features = x.shape[1] if self.op == "conv2d" else x.shape[-1]
-        border = None
-        if self.border is not None and self._rounds:
-            border = self.border.coefficients
-        maps = x if self.op == "conv2d" else x.reshape(-1, features, 1, 1)
-        spec = self.specification(fused=False)
-        quantized = border_columns(maps, scale, border, None, Window(), spec, self.rounding).reshape(x.shape)
-        return quantized if self.dropping is None else self.dropping(quantized, x)
 
     def _convolve_columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """The border by position of the window, and the product with the weight."""
@@ -157,22 +192,11 @@ class QuantizedLayer(nn.Module):
             self.rounding,
         )
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Puts the learned parameters back where they have a meaning: a positive step, alpha in [0, 1]."""
-        if self.activation_scale is not None:
-            self.activation_scale.clamp_(min=torch.finfo(torch.float32).tiny)
-        if self.border is not None:
-            self.border.project()
-
-    @torch.no_grad()
     def finish(self) -> None:
         """Ends learning: weights are hard, the border has its stored precision, the schedule is over."""
         if self.weight is not None:
             self.weight.harden()
-        if self.border is not None:
-            self.border.round_to_stored_type()
-        self.rounding, self.dropping = 1.0, None
+        super().finish()
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -1,16 +1,18 @@
-"""A network with quantized layers: the graph of its float twin, a ``QuantizedLayer`` in place of each."""
+"""A network with quantized layers: the graph of its float twin, a ``QuantizedLayer`` in place of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
 
 import torch
 from torch import Tensor, nn
 
 from aquant_core.config import FLOAT_BITS, QuantizationConfig
-from aquant_core.graph import INPUT, LAYERS, OPERATORS, CapturedModel, Node, evaluate_nodes
-from aquant_core.layers import QuantizedLayer
+from aquant_core.graph import INPUT, LAYERS, OPERATORS, QUANTIZE, CapturedModel, Node, evaluate_nodes
+from aquant_core.layers import ActivationQuantizer, QuantizedLayer
+from aquant_core.methods import MethodSettings, Placement
 from aquant_core.partition import Block
+from aquant_core.placement import layer_before, layers_behind, mark_outputs, mark_shortcuts
 from aquant_core.quantizers import WeightRounding, search_activation_grid, search_weight_grid
 
 CALIBRATED_ON = 256
@@ -21,8 +23,9 @@ class QuantizedModel(nn.Module):
     """Runs a folded graph with quantized layers; (N, C, H, W) images to logits.
 
     Attributes:
-        graph: the folded float network.
+        graph: the folded float network, with marks where values are quantized (see ``placement``).
         layers: its quantized layers by node name.
+        quantizers: of marked values, by the mark's name.
     """
 
     def __init__(self, graph: CapturedModel) -> None:
@@ -34,6 +37,10 @@ class QuantizedModel(nn.Module):
             layer = QuantizedLayer(node.op, node.attributes, tensors["weight"], tensors.get("bias"))
             self.add_module(f"layer{index}", layer)  # a node's name may hold dots
             self.layers[node.name] = layer
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+        for index, node in enumerate(node for node in graph.nodes if node.op == QUANTIZE):
+            self.quantizers[node.name] = ActivationQuantizer()
+            self.add_module(f"quantizer{index}", self.quantizers[node.name])
         self.constants = {name: dict(t) for name, t in graph.weights.items() if name not in self.layers}
 
     def run_node(self, node: Node, values: list[Tensor]) -> Tensor:
@@ -41,6 +48,9 @@ class QuantizedModel(nn.Module):
         if node.op in LAYERS:
             result: Tensor = self.layers[node.name](values[0])
             return result
+        if node.op == QUANTIZE:
+            quantized: Tensor = self.quantizers[node.name](values[0])
+            return quantized
         constants = {kind: tensor.to(values[0].device) for kind, tensor in self.constants.get(node.name, {}).items()}
         return OPERATORS[node.op](node.attributes, constants, *values)
 
@@ -54,22 +64,52 @@ class QuantizedModel(nn.Module):
     def layers_of(self, block: Block) -> list[QuantizedLayer]:
         return [self.layers[node.name] for node in block.layers]
 
+    def learned_in(self, block: Block) -> list[ActivationQuantizer]:
+        """Layers and quantizers that are reconstructed with the block, in order."""
+        parts: dict[str, ActivationQuantizer] = {**self.layers, **self.quantizers}
+        names = [node.name for node in block.nodes] if block.learned is None else block.learned
+        return [parts[name] for name in names if name in parts]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values())).float_weight.device
+
 
 def run_float_block(graph: CapturedModel, block: Block, x: Tensor) -> Tensor:
     """The float block's output for its input."""
     return evaluate_nodes(block.nodes, {block.input: x}, graph.run_node)[block.output]
 
 
-def bits_of_layers(names: Iterable[str], config: QuantizationConfig) -> dict[str, tuple[int, int]]:
-    """Weight and activation bits by layer: the network's, those of the first and last, then the overrides."""
-    names = list(names)
+def marked(graph: CapturedModel, config: QuantizationConfig, method: MethodSettings) -> CapturedModel:
+    """The folded float network with marks where the method, or the protocol's shortcut, quantizes values."""
+    protocol = config.resolved_protocol
+    if config.activation_bits == FLOAT_BITS:
+        return graph
+    if method.placement == "output":
+        return mark_outputs(graph, model_input=protocol.model_input != "float")
+    return mark_shortcuts(graph) if protocol.shortcut == "low" else graph
+
+
+def bits_of_layers(graph: CapturedModel, config: QuantizationConfig) -> dict[str, tuple[int, int]]:
+    """Weight and input bits by layer: the network's, what the protocol keeps at more, then the overrides."""
+    protocol, names = config.resolved_protocol, [node.name for node in graph.layers]
+    first, last = names[0], names[-1]
+    by_name = {node.name: node for node in graph.nodes}
     bits = {}
-    for name in names:
-        outer = name in (names[0], names[-1])
-        weight, activation = (
-            config.first_last_bits if outer and width != FLOAT_BITS else width
-            for width in (config.weight_bits, config.activation_bits)
+    for node in graph.layers:
+        weight, activation, name = config.weight_bits, config.activation_bits, node.name
+        high_weight = name in (first, last) and protocol.first_last_weights == "high"
+        high_input = (
+            (name == first and protocol.model_input == "high")
+            or (name == last and protocol.last_layer_input == "high")
+            or (protocol.second_layer_input == "high" and layer_before(by_name, node.inputs[0]) == first)
         )
+        if high_weight and weight != FLOAT_BITS:
+            weight = config.first_last_bits
+        if high_input and activation != FLOAT_BITS:
+            activation = config.first_last_bits
+        if name == first and protocol.model_input == "float":
+            activation = FLOAT_BITS
         override = config.layers.get(name)
         if override is not None:
             weight = override.weight_bits or weight
@@ -78,32 +118,63 @@ def bits_of_layers(names: Iterable[str], config: QuantizationConfig) -> dict[str
     return bits
 
 
+def bits_of_marks(graph: CapturedModel, bits: dict[str, tuple[int, int]], config: QuantizationConfig) -> dict[str, int]:
+    """A marked value has the most bits of the layers that read it; a shortcut has the network's."""
+    result = {}
+    for mark in (node for node in graph.nodes if node.op == QUANTIZE):
+        read_at = [bits[name][1] for name in layers_behind(graph, mark)]
+        result[mark.name] = max(read_at, default=config.activation_bits)
+    return result
+
+
 @torch.no_grad()
-def quantize_to_nearest(graph: CapturedModel, images: Tensor, config: QuantizationConfig) -> QuantizedModel:
-    """Every layer quantized with searched steps and rounding to nearest.
+def search_weights(graph: CapturedModel, config: QuantizationConfig) -> dict[str, WeightRounding]:
+    """Every weight that is quantized, rounded to nearest on the grid of least error, by layer."""
+    found = {}
+    for name, (bits, _) in bits_of_layers(graph, config).items():
+        if bits != FLOAT_BITS:
+            weight = graph.weights[name]["weight"]
+            found[name] = WeightRounding.nearest(weight, search_weight_grid(weight, bits))
+    return found
+
+
+@torch.no_grad()
+def quantize_to_nearest(
+    graph: CapturedModel,
+    images: Tensor,
+    config: QuantizationConfig,
+    placement: Placement = "input",
+    weights: dict[str, WeightRounding] | None = None,
+) -> QuantizedModel:
+    """Everything quantized with searched steps and rounding to nearest.
 
     Args:
-        graph: the folded float network.
+        graph: the folded float network, marked where values are quantized.
         images: calibration images; the first ``CALIBRATED_ON`` are used.
         config: the bit widths.
+        placement: whether layers quantize their inputs, or the marks do.
+        weights: from ``search_weights``, if they have been searched; they are copied.
     """
     model = QuantizedModel(graph)
-    bits = bits_of_layers(model.layers, config)
+    bits = bits_of_layers(graph, config)
+    mark_bits = bits_of_marks(graph, bits, config)
+    weights = search_weights(graph, config) if weights is None else weights
+
+    def quantize(part: ActivationQuantizer, value: Tensor, width: int) -> None:
+        if width != FLOAT_BITS:
+            part.quantize_activation(search_activation_grid(value, width), width, model.device)
 
     def run(node: Node, values: list[Tensor]) -> Tensor:
         if node.op in LAYERS:
             layer = model.layers[node.name]
             weight_bits, activation_bits = bits[node.name]
             if weight_bits != FLOAT_BITS:
-                grid = search_weight_grid(layer.float_weight, weight_bits)
-                layer.weight, layer.weight_bits = (
-                    WeightRounding.nearest(layer.float_weight, grid),
-                    weight_bits,
-                )
-            if activation_bits != FLOAT_BITS:
-                layer.quantize_activation(search_activation_grid(values[0], activation_bits), activation_bits)
+                layer.weight, layer.weight_bits = copy.deepcopy(weights[node.name]), weight_bits
+            if placement == "input":
+                quantize(layer, values[0], activation_bits)
+        elif node.op == QUANTIZE:
+            quantize(model.quantizers[node.name], values[0], mark_bits[node.name])
         return graph.run_node(node, values)
 
-    device = next(iter(model.layers.values())).float_weight.device
-    evaluate_nodes(graph.nodes, {INPUT: images[:CALIBRATED_ON].to(device)}, run)
+    evaluate_nodes(graph.nodes, {INPUT: images[:CALIBRATED_ON].to(model.device)}, run)
     return model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aquant_core.graph import ELEMENTWISE, INPUT, LAYERS, CapturedModel, Node
+from aquant_core.graph import ELEMENTWISE, INPUT, LAYERS, QUANTIZE, CapturedModel, Node, without_dead_nodes
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Block:
         name: the module path that the layers share, else the first layer's name.
         nodes: in order; the last one's value leaves the block.
         input: name of the value that enters.
+        learned: names of the nodes that are reconstructed; None for all that are quantized.
     """
 
     name: str
     nodes: tuple[Node, ...]
     input: str
+    learned: tuple[str, ...] | None = None
 
     @property
     def output(self) -> str:
@@ -62,6 +64,23 @@ def partition(model: CapturedModel) -> list[Block]:
     return blocks
 
 
+def layer_units(block: Block) -> list[Block]:
+    """The block as one unit a layer, for layer-wise reconstruction (AdaRound).
+
+    Each unit runs from the block's input to the layer's output, behind its activation function; the layer alone is
+    learned in it, those before it are finished by then.
+    """
+    units = []
+    for layer in block.layers:
+        last = layer
+        readers = [node for node in block.nodes if last.name in node.inputs]
+        if len(readers) == 1 and readers[0].op in ELEMENTWISE:
+            last = readers[0]
+        nodes = tuple(without_dead_nodes(list(block.nodes), last.name))
+        units.append(Block(layer.name, nodes, block.input, (layer.name,)))
+    return units
+
+
 def _cut(nodes: list[Node]) -> list[list[Node]]:
     """Pieces between neighbouring cuts: after node i when its value is the only one still needed later."""
     last_use = {name: index for index, node in enumerate(nodes) for name in node.inputs}
@@ -76,14 +95,16 @@ def _cut(nodes: list[Node]) -> list[list[Node]]:
 
 
 def _join_activations(pieces: list[list[Node]]) -> list[list[Node]]:
-    """An activation function belongs to the piece whose value it takes: that is what is reconstructed."""
+    """An activation function, or the quantizer of an output, belongs to the piece whose value it takes."""
     joined: list[list[Node]] = []
     for piece in pieces:
-        alone = len(piece) == 1 and piece[0].op in ELEMENTWISE
+        alone = len(piece) == 1 and (piece[0].op in ELEMENTWISE or piece[0].op == QUANTIZE)
         if alone and joined and _has_layer(joined[-1]):
             joined[-1].extend(piece)
         else:
             joined.append(list(piece))
+    if len(joined) > 1 and joined[0][0].op == QUANTIZE and len(joined[0]) == 1:  # of the images
+        joined[:2] = [joined[0] + joined[1]]
     return joined
 
 

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from aquant_core import checkpoint
 from aquant_core.capture_model import capture
-from aquant_core.config import QuantizationConfig
+from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import forecast
+from aquant_core.forecast import forecast, together
 from aquant_core.graph import CapturedModel
 from aquant_core.images import ImageSet, Kind, check_images, read_images
-from aquant_core.methods import METHODS, PRESETS, Preset
-from aquant_core.model import QuantizedModel, quantize_to_nearest
+from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
+from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
 from aquant_core.partition import partition
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
-from aquant_core.sequence import reconstruct_blocks
+from aquant_core.sequence import Run, reconstruct_blocks
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -90,7 +90,6 @@ def quantize(
     warnings = check_images(captured, calibration, config, evaluation)
     resources = resources or Resources()
     graph = fold_batch_norm(captured).to(resources.device)
-    blocks = partition(graph)
     digests = {"model": captured.digest(), "calibration": calibration.digest()}
     if evaluation is None:
         calibration, evaluation = _hold_back(calibration)
@@ -100,52 +99,83 @@ def quantize(
     preset = preset or PRESETS[config.preset]
     if config.iterations is not None:
         preset = replace(preset, iterations=config.iterations)
-    schedule = Schedule(METHODS[config.method], preset, config.border)
-    count = sum(bool(block.layers) for block in blocks)
-    expected = None
-    if schedule.method.reconstruct:
-        forecasting = partial(tell, Progress("forecast", blocks=count))
-        expected = forecast(graph, blocks, calibration.images, config, schedule, resources, forecasting)
-    expected_document = None if expected is None else expected.document()
-    tell(Progress("nearest", blocks=count, forecast=expected_document))
-    quantized = quantize_to_nearest(graph, calibration.images, config)
+    methods = [config.method, *config.compare]
+    schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
+    graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
+    blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
+    count = sum(bool(block.layers) for block in blocks[config.method])
+    learned = [name for name in methods if schedules[name].method.reconstruct]
+    forecasts = {
+        name: forecast(
+            graphs[name],
+            blocks[name],
+            calibration.images,
+            config,
+            schedules[name],
+            resources,
+            partial(tell, Progress("forecast", blocks=count, method=name)),
+            others=len(learned) - 1,
+        )
+        for name in learned
+    }
+    expected = together(list(forecasts.values())).document() if learned else None
+    tell(Progress("nearest", blocks=count, forecast=expected))
+    weights = search_weights(graph, config)
     float_logits = logits_of(graph, evaluation.images, resources.device)
     if not float_logits.isfinite().all():
         raise NonFiniteError(
             "The float network gives NaN or infinity for some evaluation images.",
             "Check its weights, and the images' scaling.",
         )
-    nearest_logits = logits_of(quantized, evaluation.images, resources.device)
-    history: list[dict[str, Any]] = []
-    if expected is not None:
-        finished = None
-        if resume_from is not None:
-            finished = FinishedBlocks(Path(resume_from), _identity(digests, len(calibration), config, preset))
-        history = reconstruct_blocks(
-            graph, quantized, blocks, calibration.images, schedule, config.seed, expected, resources, tell, finished
-        )
-    quantized.requires_grad_(False).eval()
+    models = {
+        name: quantize_to_nearest(graphs[name], calibration.images, config, schedules[name].method.placement, weights)
+        for name in methods
+    }
+    nearest = next((models[name] for name in methods if schedules[name].method.placement == "input"), None)
+    if nearest is None:
+        nearest_graph = marked(graph, config, METHODS["nearest"])
+        nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
+    logits = {"float": float_logits, "nearest": logits_of(nearest, evaluation.images, resources.device)}
+    runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
+    if resume_from is not None:
+        identity = _identity(digests, len(calibration), config, preset)
+        for name, run in runs.items():
+            run.finished = FinishedBlocks(Path(resume_from), identity, "" if name == config.method else name)
+    if runs:
+        reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
 
-    tell(Progress("evaluate", blocks=count))
-    logits = logits_of(quantized, evaluation.images, resources.device)
-    digests["logits"] = logits_digest(logits)
-    if not logits.isfinite().all():
-        warnings.append("The quantized network's outputs hold NaN or infinity: it is of no use as it is.")
-    named = {"float": float_logits, "nearest": nearest_logits, "quantized": logits}
+    comparison = []
+    for name, quantized in models.items():
+        tell(Progress("evaluate", blocks=count, method=name))
+        quantized.requires_grad_(False).eval()
+        for layer in quantized.layers.values():
+            layer.a_rounding = schedules[name].method.a_rounding
+        of_method = logits_of(quantized, evaluation.images, resources.device)
+        if not of_method.isfinite().all():
+            warnings.append(f"The outputs of {name}'s network hold NaN or infinity: it is of no use as it is.")
+        history = runs[name].history if name in runs else []
+        comparison.append(_comparison(name, quantized, of_method, float_logits, evaluation, history))
+        if name == config.method:
+            logits["quantized"] = of_method
+    main = models[config.method]
+    digests["logits"] = logits_digest(logits["quantized"])
     report = {
         "accuracy": None
         if evaluation.labels is None
-        else {name: accuracy(values, evaluation.labels) for name, values in named.items()},
-        "fidelity": {name: fidelity(values, float_logits) for name, values in named.items() if name != "float"},
+        else {name: accuracy(values, evaluation.labels) for name, values in logits.items()},
+        "fidelity": {name: fidelity(values, float_logits) for name, values in logits.items() if name != "float"},
+        "comparison": comparison,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
-        "blocks": history,
-        "forecast": expected_document,
+        "blocks": runs[config.method].history if config.method in runs else [],
+        "forecast": expected,
         "device": str(resources.device),
-        "layers": [_describe_layer(quantized, name) for name in quantized.layers],
-        "size": _size(captured, quantized),
+        "layers": [_describe_layer(main, name) for name in main.layers],
+        "values": [_describe_value(main, name) for name in main.quantizers],
+        "size": _size(captured, main),
         "method": config.method,
-        "protocol": _protocol(config),
+        "protocol": _protocol(config, schedules[config.method].method),
         "preset": vars(preset) | {"name": config.preset},
+        "settings": vars(schedules[config.method].method),
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "versions": versions(),
@@ -153,7 +183,7 @@ def quantize(
         "warnings": warnings,
         "seconds": round(time.monotonic() - started, 3),
     }
-    return QuantizationResult(quantized, report)
+    return QuantizationResult(main, report)
 
 
 def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
@@ -212,16 +242,47 @@ def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
     }
 
 
-def _protocol(config: QuantizationConfig) -> dict[str, Any]:
-    """What published tables mix silently (see docs/method.md)."""
+def _describe_value(model: QuantizedModel, name: str) -> dict[str, Any]:
+    """A value that is quantized where it is made."""
+    part = model.quantizers[name]
+    step = None if part.activation_scale is None else float(part.activation_scale)
+    return {"name": name, "bits": part.activation_bits, "step": step, "zero_point": part.zero_point}
+
+
+def _comparison(
+    method: Method,
+    model: QuantizedModel,
+    logits: Tensor,
+    float_logits: Tensor,
+    evaluation: ImageSet,
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One method's row of the report's table."""
     return {
-        "name": config.protocol,
+        "method": method,
+        "accuracy": None if evaluation.labels is None else accuracy(logits, evaluation.labels),
+        "fidelity": fidelity(logits, float_logits),
+        "shortcut": "low" if model.quantizers else "float",
+        "block_errors": {block["name"]: block["error_after"] for block in history},
+        "border_parameters": sum(
+            layer.border.number_of_parameters() for layer in model.layers.values() if layer.border is not None
+        ),
+        "seconds": round(sum(block["seconds"] for block in history), 3),
+        "logits": logits_digest(logits),
+    }
+
+
+def _protocol(config: QuantizationConfig, method: MethodSettings) -> dict[str, Any]:
+    """What published tables mix silently (see docs/method.md), as it was for this method."""
+    protocol = config.resolved_protocol
+    switches = protocol.model_dump()
+    if method.placement == "output":
+        switches["shortcut"] = "low"  # it carries a value that is quantized where it is made
+    return {
+        "name": config.protocol if protocol == PROTOCOLS[config.protocol] else f"{config.protocol}, changed",
+        **switches,
         "first_last_bits": config.first_last_bits,
-        "last_layer_input_bits": config.first_last_bits,
-        "model_input": "quantized",
-        "second_layer_input": "low-bit",
-        "shortcut": "float",
-        "activations_quantized_at": "layer input",
+        "activations_quantized_at": f"layer {method.placement}",
     }
 
 

@@ -21,6 +21,7 @@ class Progress:
         iterations: steps per block.
         loss: reconstruction loss of that step (Algorithm 1's MSE, without the regulariser).
         eta_seconds: estimated seconds until all blocks are done; None while unknown.
+        method: the method under way; None while all of a run's are.
         forecast: what the blocks will take (``Forecast.document``), told once when it is known.
     """
 
@@ -32,6 +33,7 @@ class Progress:
     loss: float | None = None
     eta_seconds: float | None = None
     forecast: dict[str, Any] | None = None
+    method: str | None = None
 
 
 OnProgress = Callable[[Progress], None]

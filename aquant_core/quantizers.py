@@ -153,12 +153,13 @@ class WeightRounding(nn.Module):
         codes = torch.clamp(torch.round(ratio) + grid.zero_point, 0, grid.levels)
         return cls(codes, grid, weight.shape, ratio)
 
-    def learn(self) -> None:
+    def learn(self) -> nn.Parameter:
         """Creates V such that h(V) is the fraction of W / s: the soft weight starts at W."""
         assert self.ratio is not None, "weights read from a checkpoint have no fractions to learn from"
         fraction = self.ratio - torch.floor(self.ratio)
         start = (fraction - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
         self.variable = nn.Parameter(torch.log(start / (1 - start)))
+        return self.variable
 
     def forward(self) -> Tensor:
         """The dequantized weight, of the original's shape; soft while it is being learned."""

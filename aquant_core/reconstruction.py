@@ -12,10 +12,10 @@ from torch import Tensor
 from aquant_core import schedules
 from aquant_core.caches import BlockCache, Cache
 from aquant_core.config import BorderConfig
-from aquant_core.layers import Dropping, QuantizedLayer
+from aquant_core.layers import ActivationQuantizer, Dropping, QuantizedLayer
 from aquant_core.methods import MethodSettings, Preset
 from aquant_core.model import QuantizedModel
-from aquant_core.partition import Block
+from aquant_core.partition import Block, layer_units
 from aquant_core.replay import LossReadings, Replay
 
 REPORT_EVERY = 10
@@ -38,6 +38,11 @@ class BlockHistory:
     iterations: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
+    def extend(self, later: BlockHistory, offset: int) -> None:
+        """Appends another unit's, whose iterations come after ``offset``."""
+        self.iterations += [offset + step for step in later.iterations]
+        self.losses += later.losses
+
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """Squared error, summed over the channels, mean over everything else (Algorithm 1, line 5)."""
@@ -52,11 +57,11 @@ def reconstruct_block(
     generator: torch.Generator,
     on_iteration: Callable[[int, float], None],
 ) -> BlockHistory:
-    """Learns one block in place and hardens it.
+    """Learns one block, or a unit of it, in place and hardens it.
 
     Args:
         model: the network; its layers in ``block`` are changed.
-        block: a block with at least one layer.
+        block: a block with at least one layer, or one of its ``units_of``.
         cache: its inputs and targets.
         schedule: method, preset and border.
         generator: source of every random draw, on the layers' device.
@@ -66,8 +71,8 @@ def reconstruct_block(
         The loss over the iterations.
     """
     steps, history = schedule.preset.iterations, BlockHistory()
-    layers = model.layers_of(block)
-    if not is_quantized(layers):
+    parts = model.learned_in(block)
+    if not is_learned(parts, schedule.method):
         return history
 
     def told(step: int, loss: float) -> None:
@@ -82,14 +87,24 @@ def reconstruct_block(
         if step % REPORT_EVERY == 0 or step == steps - 1:
             readings.take(step)
     readings.finish()
-    for layer in layers:
-        layer.finish()
+    for part in parts:
+        part.finish()
     return history
 
 
-def is_quantized(layers: list[QuantizedLayer]) -> bool:
+def units_of(block: Block, method: MethodSettings) -> list[Block]:
+    """What is reconstructed at a time: the block, or each layer in it."""
+    return layer_units(block) if method.unit == "layer" else [block]
+
+
+def is_learned(parts: list[ActivationQuantizer], method: MethodSettings) -> bool:
     """Whether any of them has something to learn."""
-    return any(layer.weight is not None or layer.activation_scale is not None for layer in layers)
+    learns_activations = method.learn_scale or method.border
+    return any(
+        (learns_activations and part.activation_scale is not None)
+        or (method.learn_weights and isinstance(part, QuantizedLayer) and part.weight is not None)
+        for part in parts
+    )
 
 
 class BlockLearner:
@@ -111,8 +126,10 @@ class BlockLearner:
         generator: torch.Generator,
     ) -> None:
         self._model, self._block, self._cache, self._schedule = model, block, cache, schedule
-        self._layers = model.layers_of(block)
-        device = self._layers[0].float_weight.device
+        self._parts = model.learned_in(block)
+        layers = [part for part in self._parts if isinstance(part, QuantizedLayer)]
+        self._weights = [layer.weight for layer in layers if layer.weight is not None]
+        device = model.device
         preset, images = schedule.preset, len(cache.noised)
         size = min(preset.batch_size, images)
         self._noised, self._clean = (torch.empty(size, *cache.noised.image_shape, device=device) for _ in range(2))
@@ -126,8 +143,8 @@ class BlockLearner:
         self._chosen = {place: chosen.to(place) for place in (chosen.device, device)}
         self._drop_input = Dropping(schedule.method.drop_input, generator) if schedule.method.drop_input else None
         timetable = [_row(step, preset, schedule.method) for step in range(preset.iterations)]
-        self._timetable = torch.tensor(timetable, device=device)  # (iterations, 3)
-        self._now = torch.zeros(3, device=device)  # rounding, scale's rate, beta
+        self._timetable = torch.tensor(timetable, device=device)  # (iterations, 4)
+        self._now = torch.zeros(4, device=device)  # rounding, scale's rate, border's rate, beta
         self.loss = torch.zeros((), device=device)
         self._optimizer = self._prepare(generator)
         self._replay = Replay(self._iterate, self._optimizer, generator) if device.type == "cuda" else None
@@ -142,8 +159,8 @@ class BlockLearner:
         self._now.copy_(self._timetable[step])
         warming_up = method.rounding_schedule and schedules.rounding_schedule(step, steps) == 0
         regularised = schedules.regulariser_acts(step, steps)
-        for layer in self._layers:
-            layer.rounding = 0.0 if warming_up else self._now[0] if method.rounding_schedule else 1.0
+        for part in self._parts:
+            part.rounding = 0.0 if warming_up else self._now[0] if method.rounding_schedule else 1.0
         if self._replay is None:
             self._iterate(regularised)
         else:
@@ -161,32 +178,31 @@ class BlockLearner:
             total = loss + self._regulariser() if regularised else loss
             total.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
-        for layer in self._layers:
-            layer.project()
+        for part in self._parts:
+            part.project()
         self.loss.copy_(loss.detach())
 
     def _prepare(self, generator: torch.Generator) -> torch.optim.Optimizer:
-        """Makes the layers learnable; one Adam with a group for each kind of parameter."""
+        """Makes the block learnable; one Adam with a group for each kind of parameter."""
         border: list[Tensor] = []
         scale: list[Tensor] = []
         rounding: list[Tensor] = []
         method, preset = self._schedule.method, self._schedule.preset
-        for layer in self._layers:
-            if layer.weight is not None:
-                layer.weight.learn()
-                assert layer.weight.variable is not None
-                rounding.append(layer.weight.variable)
-            if layer.activation_scale is not None:
-                scale.append(layer.activation_scale)
-                if method.border:
-                    layer.add_border(self._schedule.border)
-                    assert layer.border is not None
-                    border.extend(layer.border.tensors())
-                if method.drop_inside:
-                    layer.dropping = Dropping(method.drop_inside, generator)
+        self._model.requires_grad_(False)  # what is not learned here needs no gradients
+        if method.learn_weights:
+            rounding.extend(weight.learn() for weight in self._weights)
+        for part in self._parts:
+            if part.activation_scale is None:
+                continue
+            if method.learn_scale:
+                scale.append(part.activation_scale.requires_grad_())
+            if method.border and isinstance(part, QuantizedLayer):
+                border.extend(part.add_border(self._schedule.border).tensors())
+            if method.drop_inside:
+                part.dropping = Dropping(method.drop_inside, generator)
         device = self._now.device
         groups = [
-            {"params": border, "lr": torch.tensor(preset.border_rate, device=device)},
+            {"params": border, "lr": self._now[2]},
             {"params": scale, "lr": self._now[1]},
             {"params": rounding, "lr": torch.tensor(preset.rounding_rate, device=device)},
         ]
@@ -195,16 +211,19 @@ class BlockLearner:
 
     def _regulariser(self) -> Tensor | float:
         """lambda sum(1 - |2 h(V) - 1|^beta), appendix Eq. 4."""
-        terms = [layer.weight.regulariser(self._now[2]) for layer in self._layers if layer.weight is not None]
-        return self._schedule.method.regulariser_weight * torch.stack(terms).sum() if terms else 0.0
+        method = self._schedule.method
+        terms = [weight.regulariser(self._now[3]) for weight in self._weights if method.learn_weights]
+        return method.regulariser_weight * torch.stack(terms).sum() if terms else 0.0
 
 
-def _row(step: int, preset: Preset, method: MethodSettings) -> tuple[float, float, float]:
-    """What an iteration reads of its step: rounding schedule, learning rate of the activation step, beta."""
+def _row(step: int, preset: Preset, method: MethodSettings) -> tuple[float, float, float, float]:
+    """What an iteration reads of its step: rounding schedule, rates of activation step and border, beta."""
     steps = preset.iterations
+    cosine = schedules.cosine(step, steps)
     return (
         schedules.rounding_schedule(step, steps),
-        preset.scale_rate * schedules.cosine(step, steps),
+        preset.scale_rate * cosine,
+        preset.border_rate * (cosine if preset.border_decays else 1.0),
         schedules.regulariser_beta(step, steps, method.first_beta, method.last_beta),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aquant_core.graph import INPUT, LAYERS, OPERATORS, Node, evaluate_nodes
-from aquant_core.layers import QuantizedLayer
+from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
 from cupy_kernels.ops import integer_convolution, integer_route
 from cupy_kernels.packing import PackedLayer, pack
@@ -24,7 +24,7 @@ class IntegerModel:
     Each layer with quantized weight and input is one operator: the border's codes, the integer product, scale, bias,
     and the residual and ReLU that follow. Everything between the layers runs in ``dtype``, so logits differ from the
     simulation that ``load`` returns by what that rounding moves across a border. Layers of which only the weight or
-    only the input is quantized run as that simulation does.
+    only the input is quantized, and values quantized where they are made, run as that simulation does.
 
     >>> network = IntegerModel(load("quantized.safetensors"), device="cuda")
     >>> logits = network(images)
@@ -58,9 +58,11 @@ class IntegerModel:
         if self.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"an IntegerModel computes in float16 or float32, not in {self.dtype}")
         self.layers: dict[str, PackedLayer] = {}
-        self._simulated: dict[str, QuantizedLayer] = {}
+        self._simulated: dict[str, ActivationQuantizer] = {
+            name: copy.deepcopy(quantizer).to(self.device) for name, quantizer in model.quantizers.items()
+        }
         for name, layer in model.layers.items():
-            if layer.weight is None or layer.activation_scale is None:
+            if layer.weight is None or layer.activation_scale is None or layer.a_rounding:
                 self._simulated[name] = copy.deepcopy(layer).to(self.device)
                 continue
             try:
@@ -90,7 +92,7 @@ class IntegerModel:
     def _run(self, node: Node, values: list[Tensor]) -> Tensor:
         if node.op == _INTEGER_LAYER:
             return self._run_layer(node, *values)
-        if node.op in LAYERS:
+        if node.name in self._simulated:
             simulated: Tensor = self._simulated[node.name](values[0].float())
             return simulated.to(self.dtype)
         return OPERATORS[node.op](node.attributes, self._constants.get(node.name, {}), *values)

@@ -30,5 +30,5 @@ def regulariser_acts(step: int, iterations: int) -> bool:
 
 
 def cosine(step: int, iterations: int) -> float:
-    """Factor of the activation step's learning rate: 1 at first, 0 at the end."""
+    """Factor of a learning rate that decays: 1 at first, 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * step / iterations))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aquant_core.caches import BlockCache, Cache
+from aquant_core.caches import BlockCache, Cache, Placement
+from aquant_core.config import Method
 from aquant_core.evaluation import evaluation_batch_size
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.forecast import BlockForecast, Forecast
@@ -19,160 +21,194 @@ from aquant_core.graph import CapturedModel
 from aquant_core.model import QuantizedModel, run_float_block
 from aquant_core.partition import Block
 from aquant_core.progress import OnProgress, Progress
-from aquant_core.reconstruction import Schedule, reconstruct_block, reconstruction_loss
+from aquant_core.reconstruction import BlockHistory, Schedule, reconstruct_block, reconstruction_loss, units_of
 from aquant_core.resources import PeakMemory, Resources, return_free_memory
 
 
-def reconstruct_blocks(
-    graph: CapturedModel,
-    model: QuantizedModel,
-    blocks: list[Block],
-    images: Tensor,
-    schedule: Schedule,
-    seed: int,
-    forecast: Forecast,
-    resources: Resources,
-    tell: OnProgress,
-    finished: FinishedBlocks | None = None,
-) -> list[dict[str, Any]]:
-    """Learns every block that has layers.
+@dataclass
+class Run:
+    """One method on its way through the blocks.
+
+    Attributes:
+        method: its name.
+        model: the quantized network; it is changed. Its graph is the float network.
+        blocks: all blocks of that graph, in order.
+        schedule: how a block is learned.
+        forecast: what the blocks will take; it decides where their inputs and outputs are kept.
+        finished: where finished blocks are kept and, if they are there, taken from.
+        history: the report's ``blocks``.
+    """
+
+    method: Method
+    model: QuantizedModel
+    blocks: list[Block]
+    schedule: Schedule
+    forecast: Forecast
+    finished: FinishedBlocks | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def reconstruct_blocks(runs: list[Run], images: Tensor, seed: int, resources: Resources, tell: OnProgress) -> None:
+    """Learns every block that has layers; several methods go through the blocks together and share the float network's.
 
     Args:
-        graph: the folded float network.
-        model: the quantized network; it is changed.
-        blocks: all blocks, in order.
+        runs: the methods; the networks differ in nothing but where values are quantized.
         images: (N, C, H, W) calibration images.
-        schedule: how a block is learned.
         seed: of every random draw, by block.
-        forecast: what the blocks will take; it decides where their inputs and outputs are kept.
         resources: device and folder.
         tell: told of every tenth iteration.
-        finished: where finished blocks are kept and, if they are there, taken from.
-
-    Returns:
-        The report's ``blocks``.
     """
-    sequence = _Sequence(graph, model, images, schedule, seed, forecast, resources, tell)
-    sequence.count = sum(bool(block.layers) for block in blocks)
-    resuming = finished is not None
-    for index, (block, expected) in enumerate(zip(blocks, forecast.blocks, strict=True)):
-        sequence.enter(block, expected)
-        if not block.layers:
-            sequence.hand_on(block)
-            continue
-        entry = finished.load(index, block, model, schedule.border) if finished is not None and resuming else None
-        if entry is not None:
-            sequence.hand_on(block)
-        else:
-            resuming = False
-            entry = sequence.learn(block)
-            entry |= sequence.hand_on(block)
-            if finished is not None:
-                finished.save(index, block, model, entry)
-        sequence.finish(entry)
-    return sequence.history
+    float_values = _FloatValues(images, resources)
+    clock = _Clock(sum(run.forecast.seconds for run in runs))
+    sequences = [_Sequence(run, float_values, seed, tell, clock) for run in runs]
+    for index, block in enumerate(runs[0].blocks):
+        started = time.monotonic()
+        float_values.enter(runs[0].model.graph, block, runs[0].forecast.blocks[index].placement)
+        shared = (time.monotonic() - started) / len(runs)
+        for sequence in sequences:
+            last = sequence is sequences[-1]
+            sequence.go_through(index, shared, float_values.leave if last else lambda: None)
 
 
-class _Sequence:
-    """The caches between two blocks, and what is done with them."""
+class _FloatValues:
+    """What the float network makes of the images, before and behind the current block."""
 
-    def __init__(
-        self,
-        graph: CapturedModel,
-        model: QuantizedModel,
-        images: Tensor,
-        schedule: Schedule,
-        seed: int,
-        forecast: Forecast,
-        resources: Resources,
-        tell: OnProgress,
-    ) -> None:
-        self.graph, self.model, self.schedule, self.seed, self.tell = graph, model, schedule, seed, tell
+    def __init__(self, images: Tensor, resources: Resources) -> None:
         self.resources = resources
         self.batch_size = evaluation_batch_size(images)
-        self.noised = self.clean = Cache.of(images, resources.device)
-        self.history: list[dict[str, Any]] = []
-        self.clock = _Clock(forecast)
-        self.count = 0
+        self.clean = Cache.of(images, resources.device)
 
-    def enter(self, block: Block, expected: BlockForecast) -> None:
-        """Makes the block's target from the float network."""
-        self.peak, self.started = PeakMemory(self.resources.device), time.monotonic()
-        self.expected = expected
-        self.target = self._through(partial(run_float_block, self.graph, block), self.clean)
+    def enter(self, graph: CapturedModel, block: Block, placement: Placement) -> None:
+        """Makes the block's target."""
+        self.peak = PeakMemory(self.resources.device)
+        self.target = self.through(partial(run_float_block, graph, block), self.clean, placement)
 
-    def learn(self, block: Block) -> dict[str, Any]:
-        """Learns the block; its part of the report, as far as it is known."""
-        before = self._error(block)
+    def leave(self) -> None:
+        """Nobody needs the block's own clean input any more."""
+        self.clean = self.target
         return_free_memory()
-        number, iterations = len(self.history) + 1, self.schedule.preset.iterations
 
-        def on_iteration(step: int, loss: float) -> None:
-            eta = self.clock.seconds_left(self.expected, (step + 1) / iterations, time.monotonic() - self.started)
-            self.tell(Progress("reconstruct", number, self.count, step + 1, iterations, loss, eta))
-
-        device = self.resources.device
-        generator = torch.Generator(device).manual_seed(_seed_of_block(self.seed, block.name))
-        cache = BlockCache(self.noised, self.clean, self.target)
-        curve = reconstruct_block(self.model, block, cache, self.schedule, generator, on_iteration)
-        return {
-            "name": block.name,
-            "layers": [node.name for node in block.layers],
-            "iterations": iterations,
-            "error_before": before,
-            "loss": {"iterations": curve.iterations, "values": curve.losses},
-        }
-
-    def hand_on(self, block: Block) -> dict[str, Any]:
-        """Makes the block's outputs the next one's inputs; what is known of the block then."""
-        self.clean = self.target  # the block's own clean input is needed no more
-        return_free_memory()
-        error = _Mean()
-        self.noised = self._through(partial(self.model.run_block, block), self.noised, error.add)
-        return {
-            "error_after": error.value,
-            "seconds": round(time.monotonic() - self.started, 3),
-            "peak_bytes": self.peak.read(),
-            "placement": self.expected.placement,
-        }
-
-    def finish(self, entry: dict[str, Any]) -> None:
-        """Puts the block into the report."""
-        self.history.append(entry)
-        self.clock.finish(self.expected, entry["seconds"])
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
+    def ranges(self) -> Iterator[tuple[int, int]]:
         """First and last image (exclusive) of every batch."""
-        images = len(self.noised)
+        images = len(self.clean)
         for start in range(0, images, self.batch_size):
             yield start, min(start + self.batch_size, images)
 
     @torch.no_grad()
-    def _error(self, block: Block) -> float:
-        error = _Mean()
-        for start, stop in self._ranges():
-            error.add(self.model.run_block(block, self.noised.read(start, stop)), self.target.read(start, stop))
-        return error.value
-
-    @torch.no_grad()
-    def _through(
+    def through(
         self,
         function: Callable[[Tensor], Tensor],
         inputs: Cache,
+        placement: Placement,
         compare: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Cache:
         """``function`` over all images, batch by batch; each result may be compared with the target."""
         outputs: Cache | None = None
-        for start, stop in self._ranges():
+        for start, stop in self.ranges():
             result = function(inputs.read(start, stop))
             if outputs is None:
                 shape = torch.Size([len(inputs), *result.shape[1:]])
-                outputs = Cache(shape, self.resources.device, self.expected.placement, self.resources.folder)
+                outputs = Cache(shape, self.resources.device, placement, self.resources.folder)
             outputs.write(start, result)
             if compare is not None:
                 compare(result, self.target.read(start, stop))
         assert outputs is not None, "there are images"
         return outputs
+
+
+class _Sequence:
+    """One method's noised values between two blocks, and what is done with them."""
+
+    def __init__(self, run: Run, float_values: _FloatValues, seed: int, tell: OnProgress, clock: _Clock) -> None:
+        self.run, self.float_values, self.seed, self.tell, self.clock = run, float_values, seed, tell, clock
+        self.noised = float_values.clean
+        self.resuming = run.finished is not None
+        self.count = sum(bool(block.layers) for block in run.blocks)
+
+    def go_through(self, index: int, shared: float, learned: Callable[[], None]) -> None:
+        """Learns the block or takes the finished one, and hands its outputs on.
+
+        Args:
+            index: the block's place.
+            shared: seconds that its target took.
+            learned: called as soon as the block is learned.
+        """
+        run, block = self.run, self.run.blocks[index]
+        self.started, self.expected = time.monotonic() - shared, run.forecast.blocks[index]
+        if not block.layers:
+            learned()
+            self.hand_on(block)
+            return
+        entry = None
+        if run.finished is not None and self.resuming:
+            entry = run.finished.load(index, block, run.model, run.schedule.border)
+        if entry is not None:
+            learned()
+            self.hand_on(block)
+        else:
+            self.resuming = False
+            entry = self.learn(block)
+            learned()
+            entry |= self.hand_on(block)
+            if run.finished is not None:
+                run.finished.save(index, block, run.model, entry)
+        run.history.append(entry)
+        self.clock.finish(self.expected, entry["seconds"])
+
+    def learn(self, block: Block) -> dict[str, Any]:
+        """Learns the block, unit by unit; its part of the report, as far as it is known."""
+        before, schedule = self.error(block), self.run.schedule
+        return_free_memory()
+        units, steps = units_of(block, schedule.method), schedule.preset.iterations
+        device = self.float_values.resources.device
+        generator = torch.Generator(device).manual_seed(_seed_of_block(self.seed, block.name))
+        curve = BlockHistory()
+        for done, unit in enumerate(units):
+            on_iteration = partial(self.tell_of, done * steps, len(units) * steps)
+            cache = BlockCache(self.noised, self.float_values.clean, self.target_of(unit, block))
+            learned = reconstruct_block(self.run.model, unit, cache, schedule, generator, on_iteration)
+            curve.extend(learned, done * steps)
+        return {
+            "name": block.name,
+            "layers": [node.name for node in block.layers],
+            "iterations": len(units) * steps,
+            "error_before": before,
+            "loss": {"iterations": curve.iterations, "values": curve.losses},
+        }
+
+    def tell_of(self, done: int, iterations: int, step: int, loss: float) -> None:
+        """Progress: after ``done`` iterations in other units of the block, ``step`` more."""
+        number, step = len(self.run.history) + 1, done + step + 1
+        seconds = self.clock.seconds_left(self.expected, step / iterations, time.monotonic() - self.started)
+        self.tell(Progress("reconstruct", number, self.count, step, iterations, loss, seconds, method=self.run.method))
+
+    def target_of(self, unit: Block, block: Block) -> Cache:
+        """What the float network has where the unit ends."""
+        if unit is block:
+            return self.float_values.target
+        function = partial(run_float_block, self.run.model.graph, unit)
+        return self.float_values.through(function, self.float_values.clean, self.expected.placement)
+
+    def hand_on(self, block: Block) -> dict[str, Any]:
+        """Makes the block's outputs the next one's inputs; what is known of the block then."""
+        return_free_memory()
+        error = _Mean()
+        function = partial(self.run.model.run_block, block)
+        self.noised = self.float_values.through(function, self.noised, self.expected.placement, error.add)
+        return {
+            "error_after": error.value,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_bytes": self.float_values.peak.read(),
+            "placement": self.expected.placement,
+        }
+
+    @torch.no_grad()
+    def error(self, block: Block) -> float:
+        error = _Mean()
+        for start, stop in self.float_values.ranges():
+            target = self.float_values.target.read(start, stop)
+            error.add(self.run.model.run_block(block, self.noised.read(start, stop)), target)
+        return error.value
 
 
 class _Mean:
@@ -193,8 +229,8 @@ class _Mean:
 class _Clock:
     """Seconds left: the forecast's, times what the blocks so far took against their forecast."""
 
-    def __init__(self, forecast: Forecast) -> None:
-        self._left = forecast.seconds
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
         self._expected = self._taken = 0.0
 
     def seconds_left(self, block: BlockForecast, share: float, taken: float) -> float:

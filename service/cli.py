@@ -65,7 +65,9 @@ def submit(
     evaluation: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="aquant, qdrop_refactored, aquant_no_border, nearest.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="aquant, qdrop, brecq, adaround, nearest, ... (see the API's /docs).")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,

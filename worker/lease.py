@@ -121,6 +121,7 @@ class Lease:
 
     def _document(self, progress: Progress) -> dict[str, Any]:
         return {
+            "method": progress.method,
             "block": progress.block,
             "blocks": progress.blocks,
             "iteration": progress.iteration,

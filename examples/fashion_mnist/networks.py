@@ -1,4 +1,4 @@
-"""The example networks, a residual and an inverted-residual one, for 28x28 grey images in [0, 1]."""
+"""The example networks, a residual, an inverted-residual and a plain one, for 28x28 grey images in [0, 1]."""
 
 from torch import Tensor, nn
 
@@ -105,4 +105,41 @@ class InvertedResidualNet(nn.Module):
         return self.fc(self.flatten(self.avgpool(x)))
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"residual": ResidualNet, "inverted_residual": InvertedResidualNet}
+class ConvolutionPair(nn.Module):
+    """Two 3x3 convolutions without a shortcut, then 2x2 max-pooling."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        return self.pool(x)
+
+
+class PlainNet(nn.Module):
+    """VGG's shape on small images: three pairs of convolutions with 16, 32 and 64 channels, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.Sequential(ConvolutionPair(1, 16), ConvolutionPair(16, 32), ConvolutionPair(32, 64))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flatten(self.avgpool(self.pairs(x))))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "residual": ResidualNet,
+    "inverted_residual": InvertedResidualNet,
+    "plain": PlainNet,
+}

@@ -1,4 +1,4 @@
-"""Trains an example network on Fashion-MNIST and writes its ONNX file, two image sets and results.json."""
+"""Trains an example network on its data set and writes its ONNX file, two image sets and results.json."""
 
 import argparse
 import gzip
@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Example:
+    """A data set that networks are trained on.
+
+    Attributes:
+        folder: what is made of it.
+        data: its four IDX files, plain or gzipped.
+        mirrored: share of the training images that are mirrored.
+    """
+
+    folder: Path
+    data: Path
+    mirrored: float
+
+
+FASHION_MNIST = Example(HERE, Path("/usr/share/datasets/fashion-mnist"), mirrored=0.5)
+DIGITS = Example(HERE.parent / "digits", HERE.parent / "digits" / "data", mirrored=0.0)
+EXAMPLE_OF = {"residual": FASHION_MNIST, "inverted_residual": FASHION_MNIST, "plain": DIGITS}
 DATA_FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
     "train_labels": "train-labels-idx1-ubyte.gz",
@@ -32,28 +53,37 @@ KEPT_METADATA = {"namespace", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads a gzipped IDX file of bytes."""
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing: install Debian's dataset-fashion-mnist, or set --data")
-    content = gzip.decompress(path.read_bytes())
+    """Reads an IDX file of bytes, plain or gzipped."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
     if content[:3] != b"\x00\x00\x08":
         raise SystemExit(f"{path} is no IDX file of unsigned bytes: it begins with {content[:4].hex()}")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
+def data_file(folder: Path, part: str) -> Path:
+    """One of the data set's files: the gzipped one, or else the plain one."""
+    path = folder / DATA_FILES[part]
+    found = path if path.is_file() else path.with_suffix("")
+    if not found.is_file():
+        raise SystemExit(f"{path} is missing, and no plain file is there: see the example's README.md, or set --data")
+    return found
+
+
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """One split's images as (N, 1, 28, 28) bytes, and its labels."""
-    images = read_idx(folder / DATA_FILES[f"{split}_images"])
-    return images[:, None], read_idx(folder / DATA_FILES[f"{split}_labels"])
+    images = read_idx(data_file(folder, f"{split}_images"))
+    return images[:, None], read_idx(data_file(folder, f"{split}_labels"))
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pads each image, crops it back at a random place, mirrors half of them, and scales to [0, 1]."""
+def augmented(images: Tensor, mirrored_share: float, generator: torch.Generator) -> Tensor:
+    """Pads each image, crops it back at a random place, mirrors some of them, and scales to [0, 1]."""
     count, _, height, width = images.shape
     padded = F.pad(images, (IMAGE_BORDER,) * 4)[:, 0]
     shifts = torch.randint(0, 2 * IMAGE_BORDER + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand((count, 1), generator=generator) < 0.5
+    mirrored = torch.rand((count, 1), generator=generator) < mirrored_share
     rows = shifts[0] + torch.arange(height)
     columns = torch.arange(width).expand(count, width)
     columns = shifts[1] + torch.where(mirrored, columns.flip(1), columns)
@@ -77,7 +107,8 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, args: argparse.Nam
         order = torch.randperm(len(images), generator=generator)[: steps * args.batch_size]
         losses, right = 0.0, 0
         for batch in order.split(args.batch_size):
-            x = augmented(images[batch], generator).contiguous(memory_format=torch.channels_last)
+            x = augmented(images[batch], EXAMPLE_OF[args.network].mirrored, generator)
+            x = x.contiguous(memory_format=torch.channels_last)
             logits = network(x)
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=args.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
@@ -168,7 +199,7 @@ def digest(path: Path) -> str:
 def record(path: Path, network: str, result: dict, sets: dict[str, str], data: Path) -> None:
     """Replaces one network's entry in results.json and leaves the other's."""
     results = json.loads(path.read_text()) if path.exists() else {"networks": {}}
-    results["data"] = {name: digest(data / name) for name in DATA_FILES.values()}
+    results["data"] = {file.name: digest(file) for file in (data_file(data, part) for part in DATA_FILES)}
     results["image_sets"] = {"seed": SETS_SEED, **sets}
     results["networks"][network] = result
     path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
@@ -184,9 +215,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--label-smoothing", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--out", type=Path, default=HERE)
-    return parser.parse_args()
+    parser.add_argument("--data", type=Path, help="folder of the data set's four IDX files, plain or gzipped")
+    parser.add_argument("--out", type=Path, help="where to write; by default the example's folder")
+    args = parser.parse_args()
+    args.data = args.data or EXAMPLE_OF[args.network].data
+    args.out = args.out or EXAMPLE_OF[args.network].folder
+    return args
 
 
 def main() -> None:

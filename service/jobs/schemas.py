@@ -51,6 +51,9 @@ class JobForecast(BaseModel):
 class JobProgress(BaseModel):
     """How far a running job has come."""
 
+    method: Annotated[
+        str | None, Field(description="Method under way, of the one asked for and those to compare it with.")
+    ] = None
     block: Annotated[int, Field(description="Block under reconstruction, from 1; 0 outside that stage.")] = 0
     blocks: Annotated[int, Field(description="Blocks in all; 0 while unknown.")] = 0
     iteration: Annotated[int, Field(description="Step within the block.")] = 0

@@ -23,7 +23,8 @@ def test_only_the_bit_widths_are_required() -> None:
     assert config.preset == "fast"
     assert config.iterations is None
     assert config.seed == 0
-    assert config.border == BorderConfig()
+    assert config.border == BorderConfig(fusion="none")
+    assert (config.protocol, config.compare) == ("paper", [])
     assert config.layers == {}
     for key in W2A2:
         with pytest.raises(ValidationError, match=f"{key}\n  Field required"):
@@ -52,13 +53,15 @@ def test_the_schema_offers_the_same_bit_widths() -> None:
         ("weight_bits", 2.5),
         ("weight_bits", None),
         ("activation_bits", "two"),
-        ("method", "adaround"),
+        ("method", "gptq"),
         ("preset", "slow"),
         ("iterations", 0),
         ("iterations", 1_000_001),
         ("seed", -1),
         ("seed", 2**63),
-        ("protocol", "qdrop"),
+        ("protocol", "mqbench"),
+        ("protocol_switches", "float"),
+        ("compare", "qdrop"),
         ("architecture", "x" * 65),
         ("layers", ["conv1"]),
         ("border", "quadratic"),
@@ -94,7 +97,7 @@ def test_a_refusal_inside_the_border_names_its_path(key: str, value: Any) -> Non
 @pytest.mark.parametrize(
     ("border", "remedy"),
     [
-        ({"granularity": "channel"}, 'set border.fusion to "none"'),
+        ({"granularity": "channel", "fusion": "channel_mean"}, 'set border.fusion to "none"'),
         ({"granularity": "channel", "alpha": "learned"}, 'set border.fusion to "none"'),
         ({"granularity": "channel", "alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
         ({"alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
@@ -112,6 +115,7 @@ def test_meaningless_borders_are_refused(border: dict[str, str], remedy: str) ->
         {"alpha": "learned"},
         {"alpha": "learned", "form": "linear", "bound": "clip", "input_gradient": False},
         {"fusion": "none"},
+        {"granularity": "channel"},
     ],
 )
 def test_meaningful_borders_are_taken(border: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ def test_every_configurable_name_has_settings_and_no_other() -> None:
     assert set(PRESETS) == set(get_args(PresetName))
 
 
-def test_nearest_learns_nothing() -> None:
-    assert [name for name, settings in METHODS.items() if not settings.reconstruct] == ["nearest"]
+def test_what_learns_nothing() -> None:
+    assert [name for name, settings in METHODS.items() if not settings.reconstruct] == ["nearest", "a_rounding"]
 
 
 def test_only_aquant_learns_borders() -> None:

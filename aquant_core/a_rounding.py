@@ -1,0 +1,96 @@
+"""A-rounding: roundings flipped until the error sums of each window are small (section 3 and appendix A).
+
+It shows that nearest is not the best rounding of activations, and is far too slow for use: every window is sorted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquant_core.quantizers import UniformGrid
+from cupy_kernels.specification import Window
+
+_COLUMN_BYTES = 64 << 20
+"""Columns that exist at any one time."""
+
+
+def a_rounded_convolution(
+    x: Tensor, grid: UniformGrid, weight: Tensor, bias: Tensor | None, window: Window, groups: int
+) -> Tensor:
+    """A convolution, or a linear layer, whose input is quantized by ``a_round``.
+
+    Args:
+        x: (N, C, H, W), or (..., C) for a linear layer.
+        grid: scale and zero-point of the input.
+        weight: (O, C / groups, k_y, k_x), or (O, C).
+        bias: (O,) or None.
+        window, groups: of the convolution.
+
+    Returns:
+        (N, O, H_out, W_out), or (..., O).
+    """
+    if weight.dim() == 2:
+        maps = x.reshape(-1, x.shape[-1], 1, 1)
+        result = a_rounded_convolution(maps, grid, weight[:, :, None, None], bias, window, groups)
+        return result.reshape(*x.shape[:-1], len(weight))
+    size = window.output_size(x.shape[2], x.shape[3])
+    column_bytes = x.shape[1] * window.positions * size[0] * size[1] * x.element_size()
+    matrix = weight.reshape(groups, len(weight) // groups, -1)  # (G, O/G, C/G K)
+    products = []
+    for part in torch.split(x, max(_COLUMN_BYTES // column_bytes, 1)):
+        t = (part / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
+        columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (n, C K, L)
+        columns = columns.reshape(len(part), groups, -1, window.positions, columns.shape[2])  # (n, G, C/G, K, L)
+        x_hat = a_round(columns).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
+        products.append((matrix @ x_hat).reshape(len(part), len(weight), *size))
+    product = torch.cat(products)
+    return product if bias is None else product + bias.reshape(1, -1, 1, 1)
+
+
+def a_round(t: Tensor) -> Tensor:
+    """Whole numbers next to ``t`` whose errors nearly cancel, channel by channel and then over each window.
+
+    Rounded to nearest (halves down) at first. In each channel, as many roundings are flipped against the sign of the
+    error sum as bring it to at most 1/2; then one rounding in each of as many channels as bring the window's error
+    sum there. Those whose fraction is nearest to one half come first, as their flipping costs least.
+
+    Args:
+        t: (..., C, K, L), activations in units of the step: C channels and K positions in each of L windows. What is
+            clipped or padded is a whole number and never flipped.
+
+    Returns:
+        (..., C, K, L), each element floor or ceil of ``t``'s.
+    """
+    rounded = torch.ceil(t - 0.5)
+    error = rounded - t
+    # Appendix A, second step: the sums of channels.
+    rounded = rounded - _flips(error, dim=-2)
+    # Third step: the window's sum, by at most one flip in each channel, of what is now its first candidate.
+    error = rounded - t
+    window_sum = error.sum((-3, -2), keepdim=True)  # (..., 1, 1, L)
+    gain = error * window_sum.sign()  # a flip against the sum is possible where this is positive
+    best, place = gain.max(-2, keepdim=True)  # (..., C, 1, L)
+    chosen = _first(best, _count(window_sum.abs()), dim=-3) & (best > 0)
+    flips = torch.zeros_like(t).scatter_(-2, place, chosen.to(t.dtype))
+    return rounded - flips * window_sum.sign()
+
+
+def _flips(error: Tensor, dim: int) -> Tensor:
+    """+1 where a rounding is to be flipped down, -1 where up, else 0, so that each sum along ``dim`` is small."""
+    total = error.sum(dim, keepdim=True)
+    gain = error * total.sign()
+    chosen = _first(gain, _count(total.abs()), dim) & (gain > 0)
+    return chosen.to(error.dtype) * total.sign()
+
+
+def _count(total: Tensor) -> Tensor:
+    """Flips by 1 that bring a sum to at most 1/2."""
+    return torch.ceil(total - 0.5).clamp(min=0)
+
+
+def _first(gain: Tensor, count: Tensor, dim: int) -> Tensor:
+    """Whether an element is among the ``count`` largest along ``dim``; the earlier of equals."""
+    rank = gain.argsort(dim=dim, descending=True, stable=True).argsort(dim=dim)
+    return rank < count

@@ -1,0 +1,72 @@
+"""Where values are quantized: marks in the graph for methods that quantize outputs, and for quantized shortcuts.
+
+AQuant quantizes at the input of each layer, which needs no mark (appendix B, figure 1(b)). The methods before it
+quantize a value where it is made (figure 1(a)): everything that reads it, the shortcut included, gets the quantized
+one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from aquant_core.graph import INPUT, LAYERS, PASSED_ON, QUANTIZE, CapturedModel, Node
+
+
+def mark_outputs(graph: CapturedModel, model_input: bool) -> CapturedModel:
+    """A graph in which every value that layers read, however pooled or reshaped, is quantized where it is made.
+
+    Args:
+        graph: the folded float network.
+        model_input: whether the images are quantized too.
+    """
+    by_name = {node.name: node for node in graph.nodes}
+    sources = {source_of(by_name, node.inputs[0]) for node in graph.layers}
+    if not model_input:
+        sources.discard(INPUT)
+    marks = {name: Node(f"{name}.{QUANTIZE}", QUANTIZE, (name,)) for name in sources}
+    nodes = [marks[INPUT]] if INPUT in marks else []
+    for node in graph.nodes:
+        nodes.append(_reading(node, {name: mark.name for name, mark in marks.items()}))
+        if node.name in marks:
+            nodes.append(marks[node.name])
+    return CapturedModel(nodes, graph.weights, graph.input_shape)
+
+
+def mark_shortcuts(graph: CapturedModel) -> CapturedModel:
+    """A graph in which what an identity shortcut adds is quantized: an operand that something else reads, too."""
+    readers = Counter(name for node in graph.nodes for name in node.inputs)
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        marks = {}
+        if node.op == "add":
+            marks = {name: f"{node.name}.{name}.{QUANTIZE}" for name in node.inputs if readers[name] > 1}
+        nodes += [Node(mark, QUANTIZE, (name,)) for name, mark in marks.items()]
+        nodes.append(_reading(node, marks))
+    return CapturedModel(nodes, graph.weights, graph.input_shape)
+
+
+def source_of(by_name: dict[str, Node], name: str) -> str:
+    """The value that ``name`` is, pooled or in another shape: a layer's, an activation function's or a sum's."""
+    while name != INPUT and by_name[name].op in PASSED_ON:
+        name = by_name[name].inputs[0]
+    return name
+
+
+def layer_before(by_name: dict[str, Node], name: str) -> str | None:
+    """The layer whose output ``name`` is but for operators of one value; None behind a sum or at the input."""
+    while name != INPUT and by_name[name].op not in LAYERS:
+        if len(by_name[name].inputs) != 1:
+            return None
+        name = by_name[name].inputs[0]
+    return None if name == INPUT else name
+
+
+def layers_behind(graph: CapturedModel, mark: Node) -> list[str]:
+    """Names of the layers that read a marked value."""
+    by_name = {node.name: node for node in graph.nodes}
+    return [node.name for node in graph.layers if source_of(by_name, node.inputs[0]) == mark.name]
+
+
+def _reading(node: Node, instead: dict[str, str]) -> Node:
+    return replace(node, inputs=tuple(instead.get(name, name) for name in node.inputs))
