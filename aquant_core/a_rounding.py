@@ -91,6 +91,9 @@ def _count(total: Tensor) -> Tensor:
 
 
 def _first(gain: Tensor, count: Tensor, dim: int) -> Tensor:
-    """Whether an element is among the ``count`` largest along ``dim``; the earlier of equals."""
-    rank = gain.argsort(dim=dim, descending=True, stable=True).argsort(dim=dim)
-    return rank < count
+    """Whether an element is among the ``count`` largest along ``dim``."""
+    gain, count = gain.movedim(dim, -1), count.movedim(dim, -1)  # (..., n), (..., 1)
+    most = min(int(count.max()), gain.shape[-1])
+    places = gain.topk(most, -1).indices  # (..., most)
+    taken = torch.arange(most, device=gain.device) < count
+    return torch.zeros_like(gain, dtype=torch.bool).scatter_(-1, places, taken).movedim(-1, dim)

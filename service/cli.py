@@ -65,9 +65,7 @@ def submit(
     evaluation: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="aquant, qdrop, brecq, adaround, nearest, ... (see the API's /docs).")
-    ] = None,
+    method: Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")] = None,
     preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,

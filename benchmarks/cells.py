@@ -1,0 +1,200 @@
+"""Accuracy cells: one network quantized one way, kept as soon as it is measured, so that a sweep can be cut off."""
+
+from __future__ import annotations
+
+import base64
+import json
+import multiprocessing
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import command, commit, write
+
+import aquant_core
+from aquant_core.config import QuantizationConfig
+from aquant_core.evaluation import logits_of
+from aquant_core.methods import PRESETS
+
+Z = 1.959964
+"""Of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run is asked for.
+
+    Attributes:
+        section: the table it belongs to.
+        network: one of the caller's networks.
+        bits: such as W2A4; 32 is float.
+        method: of ``aquant_core.config.Method``.
+        seed: of the run.
+        variant: what the tables call its changes; empty for the method as it is.
+        config: keys of the configuration that are set otherwise.
+        preset: name of the preset, and ``changes`` of its settings.
+    """
+
+    section: str
+    network: str
+    bits: str
+    method: str
+    seed: int = 0
+    variant: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    preset: str = "fast"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Names the run; the same run in two sections is run once."""
+        words = [self.network, self.bits, self.method, self.preset, f"seed {self.seed}"]
+        words += [json.dumps(part, sort_keys=True) for part in (self.config, self.changes) if part]
+        return ", ".join(words)
+
+    @property
+    def configuration(self) -> QuantizationConfig:
+        weight_bits, activation_bits = (int(part) for part in self.bits[1:].split("A"))
+        return QuantizationConfig(
+            method=self.method,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            preset=self.preset,
+            seed=self.seed,
+            **self.config,
+        )
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where a network's images are: anything that ``aquant_core.read_images`` or ``load`` takes."""
+
+    model: str
+    calibration: Path
+    load_evaluation: Callable[[], aquant_core.ImageSet]
+    architecture: str | None = None
+
+
+def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Runs a cell; what is kept of it."""
+    torch.set_num_threads(threads)
+    evaluation = images.load_evaluation()
+    assert evaluation.labels is not None
+    preset = PRESETS[cell.preset]
+    changes = dict(cell.changes)
+    settings = changes.pop("settings", {})
+    preset = replace(preset, **changes)
+    if settings:  # of the method itself: over the preset's own changes to it
+        of_method = {**preset.changes.get(cell.configuration.method, {}), **settings}
+        preset = replace(preset, changes={**preset.changes, cell.configuration.method: of_method})
+    config = cell.configuration
+    if images.architecture is not None:
+        config = config.model_copy(update={"architecture": images.architecture})
+    resources = aquant_core.Resources(torch.device(device))
+    result = aquant_core.quantize(
+        images.model, images.calibration, config, evaluation, preset=preset, resources=resources
+    )
+    logits = logits_of(result.model, evaluation.images, resources.device)
+    report = result.report
+    return {
+        "cell": asdict(cell),
+        "accuracy": report["accuracy"],
+        "correct": packed(logits.argmax(1) == evaluation.labels),
+        "size": report["size"],
+        "preset": report["preset"],
+        "settings": report["settings"],
+        "protocol": report["protocol"],
+        "block_errors": {block["name"]: block["error_after"] for block in report["blocks"]},
+        "seconds": report["seconds"],
+        "digests": report["digests"],
+        "versions": report["versions"],
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": threads,
+        "commit": commit(),
+        "command": command(),
+    }
+
+
+def packed(correct: torch.Tensor) -> str:
+    """Which images were right, a bit each, as base64."""
+    return base64.b64encode(np.packbits(correct.cpu().numpy()).tobytes()).decode()
+
+
+def unpacked(result: dict[str, Any]) -> np.ndarray:
+    """(N,) whether each image was right, as float."""
+    count = result["accuracy"]["quantized"]["n"]
+    bits = np.frombuffer(base64.b64decode(result["correct"]), np.uint8)
+    return np.unpackbits(bits, count=count).astype(np.float64)
+
+
+class Results:
+    """The finished cells of a sweep in one JSON file, written anew after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.key in self.cells
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        self.cells[cell.key] = result
+        write(self.path, {"cells": self.cells})
+
+    def of(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """Results of those cells that are finished, in their order."""
+        return [self.cells[cell.key] for cell in cells if cell in self]
+
+
+def sweep(
+    cells: list[Cell], results: Results, images: Callable[[str], Images], processes: int, threads: int, device: str
+) -> None:
+    """Measures the cells that are not finished, several at a time, in order; each is kept when it ends."""
+    left: dict[str, Cell] = {}
+    for cell in cells:
+        if cell not in results:
+            left.setdefault(cell.key, cell)
+    jobs = [(cell, images(cell.network), threads, device) for cell in left.values()]
+    print(f"{len(jobs)} cells to be measured, {len({cell.key for cell in cells}) - len(jobs)} are there", flush=True)
+    if not jobs:
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=4) as pool:
+        for cell, result in pool.imap_unordered(_measure, jobs):
+            results.add(cell, result)
+            top1 = result["accuracy"]["quantized"]["top1"]
+            print(f"{top1:8.2%} {result['seconds']:6.0f} s  {cell.variant or cell.method}: {cell.key}", flush=True)
+
+
+def _measure(job: tuple[Cell, Images, int, str]) -> tuple[Cell, dict[str, Any]]:
+    return job[0], measure(*job)
+
+
+def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float]:
+    """Mean difference of accuracy on the same images, and half its 95 % interval (paired by image, over all seeds).
+
+    Args:
+        ours, theirs: for each seed, (N,) whether each image was right.
+    """
+    per_image = np.mean(ours, 0) - np.mean(theirs, 0)
+    return float(per_image.mean()), float(Z * per_image.std(ddof=1) / np.sqrt(len(per_image)))
+
+
+def recovered(
+    float_right: np.ndarray, ours: list[np.ndarray], theirs: list[np.ndarray], draws: int = 2000
+) -> tuple[float, float, float]:
+    """Share of the accuracy that ``theirs`` lost which ``ours`` has, and its 95 % interval by bootstrap over images."""
+    ours_right, theirs_right = np.mean(ours, 0), np.mean(theirs, 0)
+    gained, lost = ours_right - theirs_right, float_right - theirs_right
+    random = np.random.default_rng(0)
+    counts = random.multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=draws)  # (draws, N)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.nan_to_num((counts @ gained) / (counts @ lost))
+        share = float(np.nan_to_num(gained.sum() / lost.sum()))
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return share, float(low), float(high)
