@@ -14,13 +14,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from cells import Cell, Images, Results, sweep
 from record import RESULTS
 
 import aquant_core
+from aquant_core.config import Method
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples" / "fashion_mnist"))
@@ -113,7 +114,7 @@ def longer(network: str) -> Iterator[Cell]:
 
 def plan() -> list[Cell]:
     """All cells, the most wanted first."""
-    cells: list[Cell] = []
+    cells = [Cell("float", network, "W32A32", "nearest") for network in NETWORKS]
     for bits in ("W2A2", "W3A3"):
         for network in NETWORKS:
             cells += by_method(bits, bits, network, SEEDS)
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", default=sections, choices=sections)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, "a_rounding"])
+    parser.add_argument("--methods", nargs="+", default=get_args(Method), choices=get_args(Method))
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), metavar="FOLDER")
     parser.add_argument("--digits", type=Path, default=ROOT / "examples" / "digits" / "data", metavar="FOLDER")
     parser.add_argument("--processes", type=int, default=1, help="cells measured at a time")
