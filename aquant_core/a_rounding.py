@@ -42,7 +42,8 @@ def a_rounded_convolution(
     for part in torch.split(x, max(_COLUMN_BYTES // column_bytes, 1)):
         t = (part / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
         columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (n, C K, L)
-        columns = columns.reshape(len(part), groups, -1, window.positions, columns.shape[2])  # (n, G, C/G, K, L)
+        shape = groups, x.shape[1] // groups, window.positions, columns.shape[2]
+        columns = columns.reshape(len(part), *shape)  # (n, G, C/G, K, L)
         x_hat = a_round(columns).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
         products.append((matrix @ x_hat).reshape(len(part), len(weight), *size))
     product = torch.cat(products)
@@ -93,7 +94,7 @@ def _count(total: Tensor) -> Tensor:
 def _first(gain: Tensor, count: Tensor, dim: int) -> Tensor:
     """Whether an element is among the ``count`` largest along ``dim``."""
     gain, count = gain.movedim(dim, -1), count.movedim(dim, -1)  # (..., n), (..., 1)
-    most = min(int(count.max()), gain.shape[-1])
+    most = min(int(count.max()), gain.shape[-1]) if count.numel() else 0  # no images, no windows
     places = gain.topk(most, -1).indices  # (..., most)
     taken = torch.arange(most, device=gain.device) < count
     return torch.zeros_like(gain, dtype=torch.bool).scatter_(-1, places, taken).movedim(-1, dim)

@@ -19,6 +19,10 @@ class AQuantError(Exception):
         self.detail = detail
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[AQuantError], tuple[str, str]]:
+        """As it is made, so that it reaches another process."""
+        return type(self), (self.detail, self.remedy)
+
 
 class ModelFormatError(AQuantError):
     """The file is not a model this package reads (or is damaged)."""

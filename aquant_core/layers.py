@@ -73,7 +73,7 @@ class ActivationQuantizer(nn.Module):
         While the rounding schedule is 0 the border does not matter, whatever its granularity.
         """
         scale = self.activation_scale
-        if scale is None:
+        if scale is None or not len(x):  # no images
             return x
         border = self.border.coefficients if self.border is not None and self._rounds else None
         maps = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)

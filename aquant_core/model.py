@@ -82,12 +82,12 @@ def run_float_block(graph: CapturedModel, block: Block, x: Tensor) -> Tensor:
 
 def marked(graph: CapturedModel, config: QuantizationConfig, method: MethodSettings) -> CapturedModel:
     """The folded float network with marks where the method, or the protocol's shortcut, quantizes values."""
-    protocol = config.resolved_protocol
-    if config.activation_bits == FLOAT_BITS:
-        return graph
+    widths = [width for _, width in bits_of_layers(graph, config).values()]
     if method.placement == "output":
-        return mark_outputs(graph, model_input=protocol.model_input != "float")
-    return mark_shortcuts(graph) if protocol.shortcut == "low" else graph
+        quantized = any(width != FLOAT_BITS for width in widths)
+        return mark_outputs(graph, model_input=widths[0] != FLOAT_BITS) if quantized else graph
+    quantized = config.activation_bits != FLOAT_BITS and config.resolved_protocol.shortcut == "low"
+    return mark_shortcuts(graph) if quantized else graph
 
 
 def bits_of_layers(graph: CapturedModel, config: QuantizationConfig) -> dict[str, tuple[int, int]]:

@@ -164,10 +164,11 @@ class _Sequence:
         generator = torch.Generator(device).manual_seed(_seed_of_block(self.seed, block.name))
         curve = BlockHistory()
         for done, unit in enumerate(units):
-            on_iteration = partial(self.tell_of, done * steps, len(units) * steps)
-            cache = BlockCache(self.noised, self.float_values.clean, self.target_of(unit, block))
-            learned = reconstruct_block(self.run.model, unit, cache, schedule, generator, on_iteration)
-            curve.extend(learned, done * steps)
+            told = partial(self.tell_of, done * steps, len(units) * steps)
+            curve.extend(
+                reconstruct_block(self.run.model, unit, self.cache_of(unit, block), schedule, generator, told),
+                done * steps,
+            )
         return {
             "name": block.name,
             "layers": [node.name for node in block.layers],
@@ -182,12 +183,13 @@ class _Sequence:
         seconds = self.clock.seconds_left(self.expected, step / iterations, time.monotonic() - self.started)
         self.tell(Progress("reconstruct", number, self.count, step, iterations, loss, seconds, method=self.run.method))
 
-    def target_of(self, unit: Block, block: Block) -> Cache:
-        """What the float network has where the unit ends."""
+    def cache_of(self, unit: Block, block: Block) -> BlockCache:
+        """What the unit is learned from; the target is what the float network has where the unit ends."""
+        values = self.float_values
         if unit is block:
-            return self.float_values.target
+            return BlockCache(self.noised, values.clean, values.target)
         function = partial(run_float_block, self.run.model.graph, unit)
-        return self.float_values.through(function, self.float_values.clean, self.expected.placement)
+        return BlockCache(self.noised, values.clean, values.through(function, values.clean, self.expected.placement))
 
     def hand_on(self, block: Block) -> dict[str, Any]:
         """Makes the block's outputs the next one's inputs; what is known of the block then."""

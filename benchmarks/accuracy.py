@@ -92,9 +92,14 @@ def ablations(seeds: tuple[int, ...]) -> Iterator[Cell]:
     for seed in seeds:
         for variant, config, changes in ABLATIONS:
             yield Cell("ablations", "residual", "W2A2", "aquant", seed, variant, config, "fast", changes)
-        settings = {"settings": {"drop_input": 0.5}}
-        variant = "no border, block input dropped"
-        yield Cell("ablations", "residual", "W2A2", "aquant_no_border", seed, variant, changes=settings)
+
+
+def dropping(network: str, seeds: tuple[int, ...]) -> Iterator[Cell]:
+    """The paper's dropping of the block's input, which `fast` does without, with a border and without."""
+    for seed in seeds:
+        for method in ("aquant", "aquant_no_border"):
+            changes = {"settings": {"drop_input": 0.5}}
+            yield Cell("dropping", network, "W2A2", method, seed, f"{method}, dropping", changes=changes)
 
 
 def activations_only(bits: str) -> Iterator[Cell]:
@@ -124,6 +129,8 @@ def plan() -> list[Cell]:
     cells += [Cell("W2A2", "residual", "W2A2", "a_rounding")]
     for bits in ("W32A2", "W32A4"):
         cells += activations_only(bits)
+    for network in NETWORKS:
+        cells += dropping(network, SEEDS)
     cells += ablations((0,))
     cells += ablations((1, 2))
     for network in NETWORKS:

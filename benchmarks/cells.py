@@ -72,12 +72,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Images:
-    """Where a network's images are: anything that ``aquant_core.read_images`` or ``load`` takes."""
+    """A network and its images.
+
+    Attributes:
+        model, calibration: paths that ``aquant_core.quantize`` takes.
+        load_evaluation: reads labelled images; the network is measured on all of them.
+        architecture: what a state dict belongs to.
+        score: measures the network instead, where there are more images than memory holds: from network and device to
+            ``accuracy``, ``correct`` and whatever else is to be kept. ``quantize`` reports on ``load_evaluation``'s.
+    """
 
     model: str
     calibration: Path
     load_evaluation: Callable[[], aquant_core.ImageSet]
     architecture: str | None = None
+    score: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.device], dict[str, Any]] | None = None
 
 
 def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -99,12 +108,15 @@ def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> di
     result = aquant_core.quantize(
         images.model, images.calibration, config, evaluation, preset=preset, resources=resources
     )
-    logits = logits_of(result.model, evaluation.images, resources.device)
     report = result.report
+    if images.score is None:
+        logits = logits_of(result.model, evaluation.images, resources.device)
+        scores = {"accuracy": report["accuracy"], "correct": packed(logits.argmax(1) == evaluation.labels)}
+    else:
+        scores = images.score(result.model, resources.device)
     return {
         "cell": asdict(cell),
-        "accuracy": report["accuracy"],
-        "correct": packed(logits.argmax(1) == evaluation.labels),
+        **scores,
         "size": report["size"],
         "preset": report["preset"],
         "settings": report["settings"],

@@ -119,3 +119,10 @@ def test_a_training_checkpoint_is_refused(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_with_auxiliary_heads_are_built_without_them(name: str) -> None:
     assert not [key for key in build(name).state_dict() if "aux" in key.lower()]
+
+
+def test_a_network_that_asks_for_its_layouts_version_takes_plain_tensors() -> None:
+    # As a file has them: MNASNet looks for the version that its own state_dict() carries.
+    state = dict(build("mnasnet2_0").state_dict())
+    taken = build_from_state_dict("mnasnet2_0", state).state_dict()
+    assert all(torch.equal(tensor, taken[name]) for name, tensor in state.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from aquant_core import checkpoint, quantizers
 from aquant_core.architectures import build
 from aquant_core.checkpoint import load, pack_codes, unpack_codes
-from aquant_core.config import QuantizationConfig
+from aquant_core.config import Method, QuantizationConfig
 from aquant_core.errors import CheckpointError
 from aquant_core.evaluation import logits_digest, logits_of
 from aquant_core.images import ImageSet
+from aquant_core.model import QuantizedModel
 from aquant_core.pipeline import QuantizationResult, quantize
 
+ABOUT = ("config", "seed", "protocol", "versions", "digests")
 EVALUATION = ImageSet(torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
 
 
@@ -97,10 +99,13 @@ def test_packing_by_hand(bits: int, codes: list[int], packed: list[int]) -> None
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "nearest"},
-        {"method": "qdrop_refactored"},
-        {"method": "aquant_no_border"},
-        {"method": "aquant"},
+        *({"method": method} for method in get_args(Method)),
+        {"protocol_switches": {"shortcut": "low"}},
+        {"protocol": "qdrop", "method": "qdrop"},
+        {"protocol": "brecq", "method": "brecq"},
+        {"protocol": "all-low-bit"},
+        {"method": "a_rounding", "protocol_switches": {"shortcut": "low"}, "weight_bits": 32},
+        {"method": "qdrop", "activation_bits": 32, "layers": {"pointwise": {"activation_bits": 4}}},
         {"border": {"alpha": "learned", "form": "linear", "bound": "stretched"}},
         {"border": {"granularity": "channel", "fusion": "none", "bound": "clip"}},
         {"border": {"fusion": "none"}},
@@ -125,9 +130,75 @@ def test_what_is_loaded_gives_the_same_logits(tmp_path: Path, changes: dict[str,
 
 def test_a_loaded_network_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
     _, document = header_of(saved)
-    about = {key: document[key] for key in ("config", "seed", "protocol", "versions", "digests")}
+    about = {key: document[key] for key in ABOUT}
     checkpoint.save(load(saved), tmp_path / "again.safetensors", about)
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def saved_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized where values are made."""
+    path = tmp_path_factory.mktemp("checkpoint") / "outputs.safetensors"
+    quantized(method="qdrop").save(path)
+    return path
+
+
+VALUES = ["input.quantize", "relu.quantize", "relu_1.quantize", "relu_2.quantize"]
+
+
+def test_quantized_values_come_back(saved_outputs: Path) -> None:
+    _, document = header_of(saved_outputs)
+    assert {name: bits for name, bits, _ in document["quantizers"]} == dict(zip(VALUES, (8, 3, 3, 8), strict=True))
+    model = load(saved_outputs)
+    assert isinstance(model, QuantizedModel)
+    tensors = load_file(saved_outputs)
+    assert sorted(name for name in tensors if name.endswith(".scale")) == sorted(f"{name}.scale" for name in VALUES)
+    for name, bits, zero_point in document["quantizers"]:
+        part = model.quantizers[name]
+        assert part.activation_scale is not None
+        assert (part.activation_bits, part.zero_point) == (bits, zero_point)
+        assert part.activation_scale == tensors[f"{name}.scale"]
+    assert model.quantizers["input.quantize"].zero_point == 0  # the images are not negative
+    assert not any(name.endswith(".input_scale") for name in tensors)
+    again = saved_outputs.with_name("again.safetensors")
+    checkpoint.save(model, again, {key: document[key] for key in ABOUT})
+    assert again.read_bytes() == saved_outputs.read_bytes()
+
+
+def test_a_quantized_value_s_missing_step_is_named(saved_outputs: Path, tmp_path: Path) -> None:
+    for name in VALUES:
+        tensors = load_file(saved_outputs)
+        del tensors[f"{name}.scale"]
+        with pytest.raises(CheckpointError, match=name):
+            load(rewrite(saved_outputs, tmp_path / "q.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "quantizers", [[], [["relu.quantize", 3, 0]], [["relu", 3, 0]], [["relu.quantize"]], 3], ids=str
+)
+def test_quantizers_that_make_no_sense_are_refused(saved_outputs: Path, tmp_path: Path, quantizers: Any) -> None:
+    tensors = load_file(saved_outputs)
+    with pytest.raises(CheckpointError):
+        load(rewrite(saved_outputs, tmp_path / "q.safetensors", tensors, quantizers=quantizers))
+
+
+def test_checkpoints_of_before_quantizers_and_a_rounding_load(saved: Path, tmp_path: Path) -> None:
+    _, document = header_of(saved)
+    assert (document.pop("quantizers"), document.pop("a_rounding")) == ([], False)
+    earlier = tmp_path / "q.safetensors"
+    save_file(load_file(saved), earlier, {"aquant": json.dumps(document)})
+    logits = logits_of(load(earlier), EVALUATION.images)
+    assert torch.equal(logits, logits_of(load(saved), EVALUATION.images))
+
+
+def test_a_rounding_is_of_all_layers_or_of_none(tmp_path: Path) -> None:
+    for method in ("a_rounding", "nearest"):
+        path = tmp_path / f"{method}.safetensors"
+        quantized(method=method).save(path)
+        assert header_of(path)[1]["a_rounding"] == (method == "a_rounding")
+        model = load(path)
+        assert isinstance(model, QuantizedModel)
+        assert {layer.a_rounding for layer in model.layers.values()} == {method == "a_rounding"}
 
 
 def test_header_says_what_it_is(saved: Path) -> None:

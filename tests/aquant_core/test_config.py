@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from aquant_core.config import FLOAT_BITS, BorderConfig, LayerOverride, QuantizationConfig
+from aquant_core.config import (
+    FLOAT_BITS,
+    PROTOCOLS,
+    BorderConfig,
+    LayerOverride,
+    Method,
+    Protocol,
+    ProtocolName,
+    QuantizationConfig,
+)
 
 ALLOWED_BITS = {2, 3, 4, 5, 6, 7, 8, 32}
 W2A2 = {"weight_bits": 2, "activation_bits": 2}
@@ -142,3 +151,121 @@ def test_a_configuration_survives_json_and_does_not_change() -> None:
     assert QuantizationConfig.model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1  # type: ignore[misc]
+
+
+FUSED, NOT_FUSED = "channel_mean", "none"
+FUSION: list[tuple[dict[str, Any], str]] = [
+    ({}, NOT_FUSED),
+    ({"preset": "smoke"}, NOT_FUSED),
+    ({"preset": "fast"}, NOT_FUSED),
+    ({"preset": "paper"}, FUSED),
+    ({"preset": "paper", "border": {"form": "linear"}}, FUSED),
+    ({"preset": "fast", "border": {"bound": "clip"}}, NOT_FUSED),
+    ({"preset": "fast", "border": {"alpha": "learned"}}, FUSED),
+    ({"preset": "paper", "border": {"alpha": "learned"}}, FUSED),
+    ({"preset": "paper", "border": {"granularity": "channel"}}, NOT_FUSED),
+    ({"preset": "fast", "border": {"granularity": "channel"}}, NOT_FUSED),
+    ({"preset": "paper", "border": {"fusion": NOT_FUSED}}, NOT_FUSED),
+    ({"preset": "fast", "border": {"fusion": FUSED}}, FUSED),
+    ({"preset": "paper", "border": {"fusion": FUSED}}, FUSED),
+]
+
+
+@pytest.mark.parametrize(("changes", "fusion"), FUSION)
+def test_where_nothing_is_said_of_fusion_the_preset_decides(changes: dict[str, Any], fusion: str) -> None:
+    document = W2A2 | changes
+    before = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+    config = QuantizationConfig.model_validate(document)
+    assert config.border.fusion == fusion
+    assert document == before
+    said = {key: value for key, value in changes.get("border", {}).items() if key != "fusion"}
+    assert config.border.model_dump() == BorderConfig(fusion=fusion, **said).model_dump()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("changes", "fusion"), FUSION)
+def test_a_border_may_be_given_as_such(changes: dict[str, Any], fusion: str) -> None:
+    switches = changes.get("border", {})
+    if switches.get("granularity") == "channel":
+        switches = switches | {"fusion": NOT_FUSED}  # by itself it is refused
+    config = QuantizationConfig(**W2A2 | changes | {"border": BorderConfig(**switches)})
+    assert config == QuantizationConfig.model_validate(W2A2 | changes)
+    assert config.border.fusion == fusion
+
+
+@pytest.mark.parametrize(("changes", "fusion"), FUSION)
+def test_a_stored_configuration_reads_as_it_was(changes: dict[str, Any], fusion: str) -> None:
+    config = QuantizationConfig.model_validate(W2A2 | changes)
+    stored = config.model_dump_json()
+    again = QuantizationConfig.model_validate_json(stored)
+    assert again == config
+    assert again.model_dump_json() == stored
+    assert QuantizationConfig.model_validate(config.model_dump(mode="json")) == config
+    # Stored is what was chosen: with another preset it would be what it is.
+    other = config.model_dump() | {"preset": "paper" if config.preset != "paper" else "fast"}
+    assert QuantizationConfig.model_validate(other).border.fusion == fusion
+
+
+PROTOCOL_TABLE = {  # docs/method.md
+    "paper": ("high", "high", "high", "low", "float"),
+    "qdrop": ("high", "float", "high", "low", "low"),
+    "brecq": ("high", "float", "low", "high", "low"),
+    "all-low-bit": ("low", "low", "low", "low", "low"),
+}
+
+
+def test_protocols_are_the_documented_ones() -> None:
+    assert set(PROTOCOLS) == set(get_args(ProtocolName))
+    assert {name: tuple(protocol.model_dump().values()) for name, protocol in PROTOCOLS.items()} == PROTOCOL_TABLE
+    assert tuple(Protocol.model_fields) == (
+        "first_last_weights", "model_input", "last_layer_input", "second_layer_input", "shortcut",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", get_args(ProtocolName))
+def test_switches_go_over_the_protocol(protocol: ProtocolName) -> None:
+    plain = QuantizationConfig.model_validate(W2A2 | {"protocol": protocol})
+    assert plain.resolved_protocol == PROTOCOLS[protocol]
+    for switch, value in PROTOCOLS[protocol].model_dump().items():
+        other = next(choice for choice in ("low", "high", "float") if choice != value and switch_takes(switch, choice))
+        config = QuantizationConfig.model_validate(W2A2 | {"protocol": protocol, "protocol_switches": {switch: other}})
+        assert config.resolved_protocol == PROTOCOLS[protocol].model_copy(update={switch: other})
+        unsaid = QuantizationConfig.model_validate(W2A2 | {"protocol": protocol, "protocol_switches": {switch: None}})
+        assert unsaid.resolved_protocol == PROTOCOLS[protocol]
+
+
+def switch_takes(switch: str, value: str) -> bool:
+    return value in get_args(Protocol.model_fields[switch].annotation)
+
+
+@pytest.mark.parametrize(
+    ("switches", "path"),
+    [
+        ({"shortcut": "high"}, "protocol_switches.shortcut"),
+        ({"first_last_weights": "float"}, "protocol_switches.first_last_weights"),
+        ({"images": "float"}, "protocol_switches.images"),
+    ],
+)
+def test_a_refused_switch_is_named(switches: dict[str, str], path: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(path)):
+        QuantizationConfig.model_validate(W2A2 | {"protocol_switches": switches})
+
+
+def test_methods_to_compare() -> None:
+    others = [method for method in get_args(Method) if method != "aquant"]
+    assert QuantizationConfig.model_validate(W2A2 | {"compare": others}).compare == others
+    assert QuantizationConfig.model_validate(W2A2 | {"method": "qdrop", "compare": ["aquant"]}).method == "qdrop"
+    with pytest.raises(ValidationError, match=r"compare\.1\n.*'gptq'"):
+        QuantizationConfig.model_validate(W2A2 | {"compare": ["qdrop", "gptq"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"compare": ["aquant"]}, "aquant"),
+        ({"method": "brecq", "compare": ["qdrop", "brecq"]}, "brecq"),
+        ({"compare": ["qdrop", "nearest", "qdrop"]}, "qdrop"),
+    ],
+)
+def test_no_method_runs_twice(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValidationError, match=f'compare: "{name}" would run twice'):
+        QuantizationConfig.model_validate(W2A2 | changes)

@@ -38,7 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "aquant_no_border": {"method": "aquant_no_border"},
     "aquant": {"method": "aquant"},
     "alpha_learned": {"border": {"alpha": "learned"}},
+    "qdrop": {"method": "qdrop"},
+    "adaround": {"method": "adaround"},
+    "shortcut": {"protocol_switches": {"shortcut": "low"}},
 }
+COMPARED = {"compare": ["qdrop", "adaround", "nearest"]}
 FLOAT_CASES: dict[str, dict[str, Any]] = {
     "float_weights": {"weight_bits": 32},
     "float_inputs": {"activation_bits": 32},
@@ -109,14 +113,14 @@ def entries(result: QuantizationResult) -> list[dict[str, Any]]:
 
 @cache
 def undisturbed(case: str) -> QuantizationResult:
-    return run(**(CASES | FLOAT_CASES)[case])
+    return run(**(CASES | FLOAT_CASES | {"compared": COMPARED})[case])
 
 
-def stop_in(block: int, how: Callable[[], None]) -> Callable[[Progress], None]:
-    """Stops in the middle of a block: after the first of its iterations."""
+def stop_in(block: int, how: Callable[[], None], method: str | None = None) -> Callable[[Progress], None]:
+    """Stops in the middle of a block: after the first of its iterations (with a method of several)."""
 
     def on_progress(progress: Progress) -> None:
-        if (progress.block, progress.iteration) == (block, 1):
+        if (progress.block, progress.iteration) == (block, 1) and method in (None, progress.method):
             how()
 
     return on_progress
@@ -126,9 +130,10 @@ def raise_stopped() -> None:
     raise StoppedError
 
 
-def interrupt(folder: Path, block: int, **changes: Any) -> None:
+def interrupt(folder: Path, block: int, of: str | None = None, **changes: Any) -> None:
+    """Stops a run in a block; ``of`` one method, where several are compared."""
     with pytest.raises(StoppedError):
-        run(folder, stop_in(block, raise_stopped), **changes)
+        run(folder, stop_in(block, raise_stopped, of), **changes)
 
 
 def resume(folder: Path, **changes: Any) -> tuple[QuantizationResult, list[int]]:
@@ -154,6 +159,57 @@ def test_an_interrupted_run_continues_with_the_block_it_was_in(case: str, block:
     assert outcome(result) == outcome(undisturbed(case))
     assert entries(result) == entries(undisturbed(case))
     assert files(tmp_path) == FILES
+
+
+LEARNED = ["aquant", "qdrop", "adaround"]  # nearest learns nothing and has no files
+
+
+def files_of(method: str, blocks: list[int]) -> list[str]:
+    label = "" if method == "aquant" else f"{method}-"
+    return [FILES[block - 1].replace("block-", f"block-{label}") for block in blocks]
+
+
+def rows(result: QuantizationResult) -> list[dict[str, Any]]:
+    """The report's table, without what the clock says."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in result.report["comparison"]]
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_an_interrupted_comparison_continues_with_the_method_it_was_in(method: str, tmp_path: Path) -> None:
+    interrupt(tmp_path, 2, method, **COMPARED)
+    before = LEARNED[: LEARNED.index(method)]
+    there = {name: [1, 2] if name in before else [1] for name in LEARNED}
+    assert files(tmp_path) == sorted(file for name, blocks in there.items() for file in files_of(name, blocks))
+    told: list[Progress] = []
+    result = run(tmp_path, told.append, **COMPARED)
+    again = {(p.block, p.method) for p in told if p.stage == "reconstruct"}
+    assert again == {(block, name) for name in LEARNED for block in BLOCKS if block not in there[name]}
+    whole = undisturbed("compared")
+    assert outcome(result) == outcome(whole)
+    assert entries(result) == entries(whole)
+    assert rows(result) == rows(whole)
+    assert [row["method"] for row in rows(whole)] == [*LEARNED, "nearest"]
+    assert files(tmp_path) == sorted(file for name in LEARNED for file in files_of(name, BLOCKS))
+    steps = [p for p in told if p.stage == "reconstruct"]
+    assert all(p.eta_seconds is not None and p.eta_seconds >= 0 for p in steps)
+
+
+def test_one_methods_damaged_block_is_learned_again_and_no_others(tmp_path: Path) -> None:
+    run(tmp_path, **COMPARED)
+    damaged = tmp_path / files_of("qdrop", [2])[0]
+    damaged.write_bytes(flip_last_byte(damaged.read_bytes()))
+    told: list[Progress] = []
+    result = run(tmp_path, told.append, **COMPARED)
+    assert {(p.block, p.method) for p in told if p.stage == "reconstruct"} == {(2, "qdrop"), (3, "qdrop")}
+    assert outcome(result) == outcome(undisturbed("compared"))
+    assert rows(result) == rows(undisturbed("compared"))
+
+
+def test_a_comparison_s_folder_is_no_other_run_s(tmp_path: Path) -> None:
+    interrupt(tmp_path, 2, **COMPARED)
+    for changes in ({}, {"compare": ["qdrop", "adaround"]}, {"method": "qdrop"}):
+        with pytest.raises(ResumeError, match="belongs to another run"):
+            run(tmp_path, **changes)
 
 
 @pytest.mark.parametrize("case", FLOAT_CASES)
@@ -226,6 +282,8 @@ def test_what_it_is_measured_on_may_change(finished: Path) -> None:
         pytest.param({"weight_bits": 5}, id="bits"),
         pytest.param({"method": "aquant_no_border", "border": {}}, id="method"),
         pytest.param({"border": {"bound": "clip", "alpha": "learned"}}, id="border"),
+        pytest.param({"protocol": "qdrop"}, id="protocol"),
+        pytest.param({"compare": ["nearest"]}, id="compare"),
         pytest.param({"evaluation": None}, id="held_back"),  # learned from 21 images, not from 24
     ],
 )
@@ -317,13 +375,15 @@ def test_a_killed_run_continues(tmp_path: Path) -> None:
     assert outcome(result) == outcome(run())
 
 
-@pytest.mark.parametrize("case", ["qdrop_refactored", "alpha_learned"])
+@pytest.mark.parametrize("case", ["qdrop_refactored", "alpha_learned", "adaround", "compared"])
 def test_caches_on_disk_change_nothing_and_leave_nothing(case: str, tmp_path: Path) -> None:
-    result = run(resources=Resources(memory_bytes=0, folder=tmp_path), **CASES[case])
+    changes = (CASES | {"compared": COMPARED})[case]
+    result = run(resources=Resources(memory_bytes=0, folder=tmp_path), **changes)
     assert files(tmp_path) == []
     assert {block["placement"] for block in result.report["blocks"]} == {"disk"}
     assert {block["placement"] for block in undisturbed(case).report["blocks"]} == {"memory"}
     assert outcome(result) == outcome(undisturbed(case))
+    assert rows(result) == rows(undisturbed(case))
 
 
 def kill_oneself() -> None:

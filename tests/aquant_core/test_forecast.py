@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from aquant_core.capture_model import capture
 from aquant_core.config import BorderConfig, Method, QuantizationConfig
 from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import Forecast, forecast
+from aquant_core.forecast import BlockForecast, Forecast, forecast, together
 from aquant_core.graph import CapturedModel
 from aquant_core.methods import METHODS, Preset
+from aquant_core.model import marked
 from aquant_core.partition import partition
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources, resident_bytes
 
-LEARNED: list[Method] = ["qdrop_refactored", "aquant_no_border", "aquant"]
+LEARNED: list[Method] = ["adaround", "brecq", "qdrop", "qdrop_refactored", "aquant_no_border", "aquant"]
 MIB = 1 << 20
 AMPLE = Resources(memory_bytes=1 << 50)
 
@@ -66,12 +67,13 @@ def run(
     iterations: int = 20,
     resources: Resources = AMPLE,
     check: Callable[[], None] = lambda: None,
+    others: int = 0,
     **changes: Any,
 ) -> Forecast:
-    graph = graph or make_graph()
     config = QuantizationConfig(**{"weight_bits": 2, "activation_bits": 2} | changes)
+    graph = marked(graph or make_graph(), config, METHODS[method])
     schedule = Schedule(METHODS[method], Preset(iterations, 8, 3e-2, 1e-3, 3e-2), BorderConfig())
-    return forecast(graph, partition(graph), make_images(images), config, schedule, resources, check)
+    return forecast(graph, partition(graph), make_images(images), config, schedule, resources, check, others)
 
 
 @pytest.mark.parametrize("method", LEARNED)
@@ -102,6 +104,15 @@ def test_seconds_grow_in_proportion_to_iterations_and_images() -> None:
         blocks = run(iterations=iterations, images=images).blocks
         learning = [iterations, iterations, 0, iterations]
         assert [block.seconds for block in blocks] == [pytest.approx(passing + more) for more in learning]
+
+
+@pytest.mark.usefixtures("ticking")
+def test_layer_by_layer_a_block_takes_as_often_as_it_has_layers() -> None:
+    blocks = run(method="adaround").blocks
+    assert [block.seconds for block in blocks] == [pytest.approx(3 + more) for more in (20, 40, 0, 20)]
+    # Of a layer with float weights AdaRound learns nothing.
+    blocks = run(method="adaround", layers={"first": {"weight_bits": 32}}).blocks
+    assert [block.seconds for block in blocks] == [pytest.approx(3 + more) for more in (20, 20, 0, 20)]
 
 
 def test_nothing_is_changed() -> None:
@@ -162,6 +173,30 @@ def test_the_peak_holds_what_is_kept_in_memory() -> None:
     assert on_disk.peak_bytes - start < 300 * MIB
 
 
+def test_beside_other_methods_there_is_less_room() -> None:
+    # Of the others each holds an input or an output of its own, and the clean input until all have learned.
+    pair = 4 * MANY * OUTPUTS["stem"]
+    start = resident_bytes()
+    stem, block, mean, _ = run(images=MANY, others=1).blocks
+    for expected, actual in ((3 * pair, stem), (5 * pair, block), (3 * pair, mean)):
+        assert actual.peak_bytes - start == pytest.approx(expected, abs=300 * MIB)
+    for others, needed in ((0, 2 * pair), (1, 3 * pair), (2, 4 * pair)):
+        for spare, kept in ((-200 * MIB, "disk"), (400 * MIB, "memory")):
+            resources = Resources(memory_bytes=resident_bytes() + needed + spare)
+            assert placements(run(images=MANY, resources=resources, others=others))[0] == kept
+
+
+def test_several_methods_together_take_the_sum_of_times_and_the_most_memory() -> None:
+    first = Forecast((BlockForecast("stem", 1.0, 70, "disk"), BlockForecast("fc", 2.0, 10, "memory")))
+    second = Forecast((BlockForecast("stem", 0.5, 60, "memory"), BlockForecast("fc", 4.0, 30, "memory")))
+    both = together([first, second])
+    assert both.blocks == (BlockForecast("stem", 1.5, 70, "disk"), BlockForecast("fc", 6.0, 30, "memory"))
+    assert (both.seconds, both.peak_bytes) == (7.5, 70)
+    assert together([first]) == first
+    with pytest.raises(ValueError, match="shorter"):
+        together([first, Forecast(second.blocks[:1])])
+
+
 def test_check_is_called_for_every_block() -> None:
     calls: list[None] = []
     run(check=lambda: calls.append(None))
@@ -193,10 +228,20 @@ def test_the_document_is_json_and_sums_up() -> None:
 
 
 @pytest.mark.usefixtures("ticking")
-@pytest.mark.parametrize(("weights", "activations"), [(32, 32), (2, 32), (32, 2)])
-def test_float_layers(weights: int, activations: int) -> None:
-    result = run(weight_bits=weights, activation_bits=activations, first_last_bits=32)
-    learned = 0 if weights == activations == 32 else 20
+@pytest.mark.parametrize(
+    ("method", "weights", "activations", "learning"),
+    [
+        ("aquant", 32, 32, [0, 0, 0, 0]),
+        ("aquant", 2, 32, [0, 20, 0, 0]),
+        ("aquant", 32, 2, [0, 20, 0, 0]),
+        ("brecq", 2, 32, [0, 20, 0, 0]),
+        ("brecq", 32, 2, [20, 20, 0, 0]),  # the stem's output is quantized in the stem's block
+        ("adaround", 2, 32, [0, 40, 0, 0]),  # two layers
+        ("adaround", 32, 2, [0, 0, 0, 0]),
+    ],
+)
+def test_float_layers(method: Method, weights: int, activations: int, learning: list[int]) -> None:
     # The first and the last layer are float, whatever the rest is.
-    assert [block.seconds for block in result.blocks] == [pytest.approx(3 + more) for more in (0, learned, 0, 0)]
+    result = run(method=method, weight_bits=weights, activation_bits=activations, first_last_bits=32)
+    assert [block.seconds for block in result.blocks] == [pytest.approx(3 + more) for more in learning]
     assert placements(result) == ["memory"] * 4

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aquant_core.architectures import build
 from aquant_core.border import Border
 from aquant_core.capture_torch import capture_module
 from aquant_core.config import BorderConfig
 from aquant_core.fold import fold_batch_norm
-from aquant_core.graph import INPUT, CapturedModel, Node
+from aquant_core.graph import INPUT, QUANTIZE, CapturedModel, Node, without_dead_nodes
 from aquant_core.model import run_float_block
-from aquant_core.partition import Block, partition
+from aquant_core.partition import Block, layer_units, partition
+from aquant_core.placement import mark_outputs, mark_shortcuts
 
 CONV = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 
@@ -115,8 +119,70 @@ def test_running_block_by_block_gives_the_network(architecture: str) -> None:
     torch.testing.assert_close(value, graph(images), rtol=1e-4, atol=1e-6)
 
 
+MARKINGS: dict[str, Callable[[CapturedModel], CapturedModel]] = {
+    "outputs": lambda graph: mark_outputs(graph, model_input=False),
+    "outputs_and_images": lambda graph: mark_outputs(graph, model_input=True),
+    "shortcuts": mark_shortcuts,
+}
+
+
+@pytest.mark.parametrize("marking", MARKINGS)
+@pytest.mark.parametrize(
+    "architecture",
+    ["resnet18", "resnet50", "mobilenet_v2", "regnet_x_600mf", "regnet_x_3_2gf", "mnasnet2_0", "densenet121"],
+)
+def test_marks_change_no_block(architecture: str, marking: str) -> None:
+    # Methods that quantize elsewhere go through the blocks together and share the float network's values.
+    graph = folded(architecture)
+    blocks, marked = partition(graph), partition(MARKINGS[marking](graph))
+    assert [block.name for block in marked if block.layers] == [block.name for block in blocks if block.layers]
+    unmarked = [[node.name for node in block.nodes if node.op != QUANTIZE] for block in marked]
+    assert unmarked == [[node.name for node in block.nodes] for block in blocks]
+
+
+def marks_in(blocks: list[Block]) -> list[list[str]]:
+    return [[node.name for node in block.nodes if node.op == QUANTIZE] for block in blocks]
+
+
+def test_marks_of_resnet18_lie_in_the_block_that_makes_the_value() -> None:
+    by_block = marks_in(partition(mark_outputs(folded("resnet18"), model_input=True)))
+    # The images' and the stem's own in the stem; of each block what is behind its first and its last activation.
+    assert [len(names) for names in by_block] == [2, 0, *[2] * 8, 0, 0]
+    assert by_block[0] == ["input.quantize", "relu.quantize"]
+    assert by_block[2] == ["layer1.0.relu.quantize", "layer1.0.relu_1.quantize"]
+    shortcuts = marks_in(partition(mark_shortcuts(folded("resnet18"))))
+    # Not where a convolution downsamples.
+    assert [len(names) for names in shortcuts] == [0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0]
+
+
 def conv(name: str, source: str) -> Node:
     return Node(name, "conv2d", (source,), CONV)
+
+
+STEPS = st.tuples(
+    st.sampled_from(["conv2d", "relu", "add", "concat", "max_pool2d", "mul", "batch_norm"]),
+    st.integers(0, 2), st.integers(0, 5), st.booleans(),
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STEPS, min_size=1, max_size=14))
+def test_marks_change_no_block_of_any_network(steps: list[tuple[str, int, int, bool]]) -> None:
+    nodes = [conv("stem", INPUT)]
+    for index, (op, back, farther, in_module) in enumerate(steps):
+        names = [INPUT, *(node.name for node in nodes)]
+        inputs = [names[max(-1 - back, -len(names))]]
+        if op in ("add", "concat"):
+            inputs.append(names[max(-1 - farther, -len(names))])
+        name = f"features.{index // 3}.conv.{index}" if in_module else f"node{index}"
+        nodes.append(Node(name, op, tuple(inputs), CONV if op == "conv2d" else {}))
+    nodes = without_dead_nodes(nodes, nodes[-1].name)
+    layers = [node for node in nodes if node.op == "conv2d"]
+    graph = CapturedModel(nodes, {node.name: {"weight": torch.ones(1, 1, 1, 1)} for node in layers})
+    expected = [[node.name for node in block.nodes] for block in partition(graph)]
+    for marking in MARKINGS.values():
+        marked = partition(marking(graph))
+        assert [[node.name for node in block.nodes if node.op != QUANTIZE] for block in marked] == expected
 
 
 def blocks_of(nodes: list[Node]) -> list[tuple[str, list[str]]]:
@@ -162,3 +228,65 @@ def test_single_path_layers_of_one_module_are_one_block() -> None:
 def test_layers_without_a_hierarchy_in_their_names_are_not_joined() -> None:
     nodes = [conv("Conv_0", INPUT), conv("Conv_1", "Conv_0"), conv("Conv_2", "Conv_1")]
     assert [name for name, _ in blocks_of(nodes)] == ["Conv_0", "Conv_1", "Conv_2"]
+
+
+def unit_names(block: Block) -> list[tuple[str, list[str]]]:
+    return [(unit.name, [node.name for node in unit.nodes]) for unit in layer_units(block)]
+
+
+def test_a_unit_runs_from_the_blocks_input_to_one_layers_activation() -> None:
+    nodes = (
+        conv("left", "before"), Node("r", "relu", ("left",)), conv("right", "r"), conv("down", "before"),
+        Node("add", "add", ("right", "down")), Node("out", "relu", ("add",)),
+    )  # fmt: skip
+    block = Block("block", nodes, "before")
+    assert unit_names(block) == [
+        ("left", ["left", "r"]),
+        ("right", ["left", "r", "right"]),  # the relu behind the addition is of the sum
+        ("down", ["down"]),
+    ]
+    for unit in layer_units(block):
+        assert unit.input == "before"
+        assert unit.learned == (unit.name,)
+    assert block.learned is None
+
+
+def test_a_unit_has_the_quantizers_before_its_layer_and_not_its_own() -> None:
+    nodes = (
+        Node("input.quantize", "quantize", (INPUT,)), conv("a", "input.quantize"), Node("r", "relu6", ("a",)),
+        Node("r.quantize", "quantize", ("r",)), conv("b", "r.quantize"), Node("b.quantize", "quantize", ("b",)),
+    )  # fmt: skip
+    assert unit_names(Block("block", nodes, INPUT)) == [
+        ("a", ["input.quantize", "a", "r"]),
+        ("b", ["input.quantize", "a", "r", "r.quantize", "b"]),
+    ]
+
+
+def test_a_value_read_twice_is_not_the_activations_alone() -> None:
+    nodes = (conv("a", INPUT), Node("r", "relu", ("a",)), Node("add", "add", ("r", "a")))
+    assert unit_names(Block("block", nodes, INPUT)) == [("a", ["a"])]
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v2"])
+def test_units_have_every_layer_once(architecture: str) -> None:
+    for graph in (folded(architecture), mark_outputs(folded(architecture), model_input=True)):
+        for block in partition(graph):
+            units = layer_units(block)
+            assert [unit.name for unit in units] == [node.name for node in block.layers]
+            for unit in units:
+                assert unit.layers[-1].name == unit.name
+                inside = {unit.input, *(node.name for node in unit.nodes)}
+                assert {name for node in unit.nodes for name in node.inputs} <= inside
+
+
+def test_a_units_target_is_what_the_whole_network_has_there() -> None:
+    graph = folded("resnet18")
+    block = next(block for block in partition(graph) if block.name == "layer2.0")
+    value = torch.rand(2, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        values = {block.input: value}
+        for node in block.nodes:
+            values[node.name] = graph.run_node(node, [values[name] for name in node.inputs])
+        for unit in layer_units(block):
+            assert torch.equal(run_float_block(graph, unit, value), values[unit.output])
+    assert [unit.output for unit in layer_units(block)] == ["layer2.0.relu", "layer2.0.conv2", "layer2.0.downsample.0"]

@@ -58,6 +58,12 @@ def learned(**changes: Any) -> QuantizedModel:
         {"method": "nearest"},
         {"weight_bits": 8, "activation_bits": 8},
         {"layers": {"grouped": {"weight_bits": 32}, "last": {"activation_bits": 32}}},
+        {"method": "qdrop"},
+        {"method": "brecq", "protocol": "brecq"},
+        {"method": "adaround", "protocol": "all-low-bit"},
+        {"method": "a_rounding"},
+        {"protocol_switches": {"shortcut": "low"}},
+        {"protocol": "all-low-bit", "method": "qdrop_refactored"},
     ],
 )
 def test_logits_are_the_simulation_s(changes: dict[str, Any]) -> None:
@@ -74,10 +80,12 @@ def test_half_precision_stays_near_and_returns_fp32() -> None:
     torch.testing.assert_close(logits, model(IMAGES).detach(), rtol=0, atol=0.05)
 
 
-def test_a_loaded_checkpoint_runs(tmp_path: Path) -> None:
-    result = quantize(
-        Net().eval(), ImageSet(IMAGES), QuantizationConfig(weight_bits=4, activation_bits=4, iterations=2)
-    )
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "qdrop"}, {"method": "a_rounding"}, {"protocol_switches": {"shortcut": "low"}}], ids=str
+)
+def test_a_loaded_checkpoint_runs(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = QuantizationConfig(**{"weight_bits": 4, "activation_bits": 4, "iterations": 2} | changes)
+    result = quantize(Net().eval(), ImageSet(IMAGES), config)
     result.save(tmp_path / "quantized.safetensors")
     loaded = aquant_core.load(tmp_path / "quantized.safetensors")
     assert torch.equal(aquant_core.IntegerModel(loaded)(IMAGES), IntegerModel(result.model)(IMAGES))
@@ -89,6 +97,27 @@ def test_every_quantized_layer_runs_on_integers() -> None:
     for layer in network.layers.values():
         assert layer.weight.dtype == torch.int16
         assert layer.constant.dtype == torch.int32
+
+
+def test_with_quantized_shortcuts_the_layers_still_run_on_integers() -> None:
+    model = learned(protocol_switches={"shortcut": "low"})
+    assert list(model.quantizers) == ["add_1.relu_1.quantize"]  # the other addition's operands are convolutions
+    network = IntegerModel(model)
+    assert set(network.layers) == set(model.layers)
+    model.quantizers["add_1.relu_1.quantize"].activation_scale = None  # it is needed
+    assert not torch.allclose(network(IMAGES), model(IMAGES).detach(), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["qdrop", "a_rounding"])
+def test_where_no_layer_can_run_on_integers_all_are_simulated(method: str) -> None:
+    model = learned(method=method)
+    network = IntegerModel(model)
+    assert network.layers == {}
+    assert torch.equal(network(IMAGES), model(IMAGES).detach())
+    half = IntegerModel(model, dtype=torch.float16)(IMAGES)
+    assert half.dtype == torch.float32
+    assert half.isfinite().all()
+    assert network(IMAGES[:0]).shape == (0, 5)
 
 
 def test_what_is_not_quantized_is_simulated_and_the_model_left_alone() -> None:

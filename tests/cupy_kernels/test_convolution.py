@@ -128,6 +128,18 @@ def test_equals_them_in_double_precision(kind: str, geometry: str, border: str, 
 
 
 @pytest.mark.parametrize("kind", GROUPS)
+def test_gradcheck_where_nothing_is_rounded(kind: str) -> None:
+    """At the rounding schedule's 0 the whole operator is smooth but for the clips, so differences tell its slope."""
+    given = problem(kind, "stride", images=1, rounding=0.0, dtype=torch.float64)
+    x = given["x"].detach()[:, :, :4, :4].clone().requires_grad_()
+
+    def convolved(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return border_convolution(**given | {"x": x, "scale": scale, "weight": weight})
+
+    assert torch.autograd.gradcheck(convolved, (x, given["scale"], given["weight"]))
+
+
+@pytest.mark.parametrize("kind", GROUPS)
 def test_the_fused_loops_and_the_reference_agree(kind: str) -> None:
     given = problem(kind)
     with reference_only():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cupy_kernels import reference
@@ -199,6 +202,72 @@ def test_equation_9_by_hand() -> None:
     assert codes(None, fused=False) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("fused", "last", "softened"), [(True, 3, 2.6625), (False, 2, 2.4125)], ids=["fused", "not_fused"]
+)
+def test_a_pixel_may_be_down_in_one_window_and_up_in_the_next(fused: bool, last: int, softened: float) -> None:
+    # s = 1/2, z = 0, Q = 3, 1x2 windows over t = .66 1.5 2.55, so u = .22 .5 .85. e is .3 - 1.2 u at position 0 and
+    # .4 u - .1 at position 1: in the first window .036 .1, in the second -.3 .24.
+    # Fused: B = .568, t - B = .092 .932, ceil: 1 1;  then B = .47, t - B = 1.03 2.08, ceil: 2 3.
+    # Not fused: B = .536 .6, t - B = .124 .9, ceil: 1 1;  then B = .2 .74, t - B = 1.3 1.81, ceil: 2 2.
+    x, half = torch.tensor([[[[0.33, 0.75, 1.275]]]]), torch.tensor(0.5)
+    border = torch.tensor([[[0.3, -0.1]], [[-1.2, 0.4]]])
+    window, spec = Window((1, 2)), BorderSpecification(3, 0, "clip", fused)
+    codes = reference.codes(x, half, border, None, window, spec)  # (1, K, L)
+    assert codes[0].T.tolist() == [[1, 1], [2, last]]
+    columns = reference.forward(x, half, border, None, window, spec, 1.0)
+    assert columns[0].T.tolist() == [[0.5, 0.5], [1.0, last / 2]]
+    # Appendix Eq. 2 at a = 1/4: t + (code - t) / 4, times s.
+    quarter = reference.forward(x, half, border, None, window, spec, 0.25)[0].T
+    torch.testing.assert_close(quarter, 0.5 * torch.tensor([[0.745, 1.375], [1.625, softened]]))
+
+
+def element_wise_error(step: float, w: float, dw: float, x: float, e: float) -> float:
+    """g of Eq. 6, for a rounding that moves x by ``step``."""
+    return (w + dw) * step + dw * x + w * e
+
+
+UNIT = st.floats(0.01, 0.99)
+WEIGHTS = st.floats(0.05, 4.0) | st.floats(-4.0, -0.05)
+
+
+@settings(max_examples=200, deadline=None)
+@given(w=WEIGHTS, dw=st.floats(-1.0, 1.0), x=st.floats(0.0, 30.0), e=st.floats(-3.0, 3.0))
+def test_equation_7_makes_both_errors_alike(w: float, dw: float, x: float, e: float) -> None:
+    assume(abs(w + dw) >= 0.05)
+    b = dw / (w + dw) * x + w / (w + dw) * e + 0.5
+    down, up = (element_wise_error(step, w, dw, x, e) for step in (-b, 1 - b))
+    size = 1e-9 * (1 + abs(w + dw) * abs(b) + abs(dw * x) + abs(w * e))
+    assert abs(down) == pytest.approx(abs(up), abs=size)  # Definition 2.1
+    assert down == pytest.approx(-up, abs=size)  # so that the mean over a uniform fraction is 0 (figure 1(b))
+
+
+@settings(max_examples=200, deadline=None)
+@given(w=WEIGHTS, dw=st.floats(-0.04, 0.04), t=st.floats(0.0, 15.0), b=UNIT)
+def test_with_equation_7_as_border_the_code_of_less_error_is_taken(w: float, dw: float, t: float, b: float) -> None:
+    # A linear border over u = t / 15 is Eq. 7 with this propagated error; s = 1, z = 0.
+    e = ((b - 0.5) * (w + dw) - dw * t) / w
+    border = torch.tensor([w / (w + dw) * e, 15 * dw / (w + dw)], dtype=torch.float64).reshape(2, 1, 1)
+    x, one = torch.tensor([[[[t]]]], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    code = int(reference.codes(x, one, border, None, PIXEL, BorderSpecification(15, 0, "clip", fused=False)))
+    assert code in (math.floor(t), math.ceil(t))
+    other = math.floor(t) + math.ceil(t) - code
+    taken, left = (abs(element_wise_error(q - t, w, dw, t, e)) for q in (code, other))
+    assert taken <= left + 1e-9
+    assert code == math.ceil(t - b) or abs(math.ceil(t - b) - (t - b)) < 1e-9  # the border is b
+
+
+@settings(max_examples=100, deadline=None)
+@given(w=WEIGHTS, t=st.floats(0.0, 15.0))
+def test_without_any_error_equation_7_is_rounding_to_nearest(w: float, t: float) -> None:
+    nearest = math.ceil(t - 0.5)
+    errors = {q: abs(element_wise_error(q - t, w, 0.0, t, 0.0)) for q in (math.floor(t), math.ceil(t))}
+    assert errors[nearest] == min(errors.values())
+    x, one = torch.tensor([[[[t]]]], dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    for border in (None, torch.zeros(3, 1, 1, dtype=torch.float64)):
+        assert int(reference.codes(x, one, border, None, PIXEL, BorderSpecification(15))) == nearest
+
+
 def test_sigmoid_is_near_odd_and_bounded() -> None:
     w = torch.cat([torch.linspace(-12, 12, 48_001), torch.tensor([0.0, 1e30, -1e30, torch.inf, -torch.inf])])
     h = reference.sigmoid_minus_half(w)
@@ -223,6 +292,24 @@ def test_bounds_by_hand(bound: Bound, value: float) -> None:
     assert (slope[:2] > 0.4).all()
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_slope_of_the_shift_is_its_derivative(bound: Bound) -> None:
+    spec = BorderSpecification(3, 0, bound)
+    v = torch.linspace(-3, 3, 241, dtype=torch.float64)
+    kinks = {"steep": 3.2, "stretched": 0.847, "clip": 0.5}[bound]
+    v = v[(v.abs() - kinks).abs() > 1e-2]
+    width = 1e-5
+    e = reference.bounded_shift(v, spec)
+    risen, fallen = reference.bounded_shift(v + width, spec), reference.bounded_shift(v - width, spec)
+    # The slope is the sigmoid's, not exactly that of its rational stand-in.
+    slope = reference.bounded_shift_slope(v, e, spec)
+    torch.testing.assert_close(slope, (risen - fallen) / (2 * width), atol=1e-4, rtol=0)
+    beyond = v.abs() > kinks
+    if bound != "steep":
+        assert (slope[beyond] == 0).all()
+    assert (slope[~beyond] > 0).all()
+
+
 def test_nan_passes_through() -> None:
     x = torch.tensor([[[[torch.nan, 1.0]]]])
     for border in (None, torch.full((3, 1, 1), 0.1)):
@@ -232,17 +319,23 @@ def test_nan_passes_through() -> None:
             assert out.isnan().tolist() == [True, False]
 
 
-def test_gradcheck_of_the_unrounded_path() -> None:
-    inputs = draw(WINDOWS[0], 3, False)
-    x, scale = inputs["x"][:1, :2, :3, :3].clone().requires_grad_(), inputs["scale"].clone().requires_grad_()
-    border = inputs["border"][:, :2]
+@pytest.mark.parametrize("has_border", [False, True])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_gradcheck_of_the_unrounded_path(window: Window, has_border: bool) -> None:
+    inputs = draw(window, 3, False)
+    x, scale = inputs["x"][:1, :2, :4, :3].clone().requires_grad_(), inputs["scale"].clone().requires_grad_()
+    border = inputs["border"][:, :2].clone().requires_grad_() if has_border else None
     spec = BorderSpecification(7, 2)
 
     def columns(x: Tensor, scale: Tensor) -> Tensor:
-        out: Tensor = border_columns(x, scale, border, None, WINDOWS[0], spec, 0.0)
+        out: Tensor = border_columns(x, scale, border, None, window, spec, 0.0)
         return out
 
     assert torch.autograd.gradcheck(columns, (x, scale))
+    columns(x, scale).square().sum().backward()
+    if border is not None:
+        assert border.grad is not None
+        assert border.grad.count_nonzero() == 0  # what is not rounded needs no border
 
 
 class _CeilAsIdentity(torch.autograd.Function):

@@ -16,12 +16,17 @@ def test_the_next_attempt_finds_what_was_finished(tmp_path: Path, artifacts: Art
     (first.folder / "block-0001.partial").write_bytes(b"half")
     first.store()
     (first.folder / "block-0001.safetensors").write_bytes(b"one")
+    (first.folder / "block-qdrop-0000.safetensors").write_bytes(b"another method's")
     first.store()
 
     second = BlockStore("job", tmp_path / "second", artifacts)
     second.fetch()
     found = {path.name: path.read_bytes() for path in second.folder.iterdir()}
-    assert found == {"block-0000.safetensors": b"zero", "block-0001.safetensors": b"one"}
+    assert found == {
+        "block-0000.safetensors": b"zero",
+        "block-0001.safetensors": b"one",
+        "block-qdrop-0000.safetensors": b"another method's",
+    }
     other = BlockStore("other", tmp_path / "other", artifacts)
     other.fetch()
     assert list(other.folder.iterdir()) == []

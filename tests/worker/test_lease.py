@@ -19,7 +19,7 @@ from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease
 
 Claimed = Callable[..., Claim]
 Sessions = sessionmaker[Session]
-AT_WORK = Progress("reconstruct", 2, 8, 10, 100, math.nan, 4.5)
+AT_WORK = Progress("reconstruct", 2, 8, 10, 100, math.nan, 4.5, method="qdrop")
 FORECAST = {"seconds": 1.5, "peak_bytes": 3, "blocks": []}
 
 
@@ -48,8 +48,8 @@ def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions
     with sessions() as session:
         job = JobRepository(session).get("job")
         assert job.progress == {
-            "block": 2, "blocks": 8, "iteration": 10, "iterations": 100, "loss": None, "eta_seconds": 4.5,
-            "forecast": FORECAST,
+            "method": "qdrop", "block": 2, "blocks": 8, "iteration": 10, "iterations": 100, "loss": None,
+            "eta_seconds": 4.5, "forecast": FORECAST,
         }  # fmt: skip
         assert job.lease_expires_at is not None
         assert job.lease_expires_at > now() + timedelta(seconds=20)

@@ -55,6 +55,15 @@ def test_submitted_job_is_stored_queued_and_announced(
         ({"config": {**BITS, "border": {"colour": 1}}}, 422, "config_invalid", "border.colour: unknown key"),
         ({"config": {"weight_bits": 9, "activation_bits": 2}}, 422, "config_invalid", "2 to 8"),
         ({"config": {"weight_bits": 2}}, 422, "config_invalid", "activation_bits: Field required"),
+        ({"config": {**BITS, "protocol": "mqbench"}}, 422, "config_invalid", "protocol: Input should be 'paper', 'q"),
+        (
+            {"config": {**BITS, "protocol_switches": {"images": "float", "shortcut": "high"}}},
+            422,
+            "config_invalid",
+            "protocol_switches.shortcut: Input should be 'float' or 'low'; protocol_switches.images: unknown key",
+        ),
+        ({"config": {**BITS, "compare": ["nearest", "gptq"]}}, 422, "config_invalid", "compare.1: Input should be"),
+        ({"config": {**BITS, "compare": ["aquant"]}}, 422, "config_invalid", '"aquant" would run twice'),
         ({"config": "{"}, 422, "config_invalid", "Invalid JSON"),
         ({"config": " " * 10_001}, 413, "upload_too_large", "`config` is larger than the 10000"),
         ({"config": None}, 422, "config_invalid", "no field `config`"),
@@ -89,6 +98,23 @@ def test_bad_submission_is_answered_and_leaves_nothing(
     assert list((settings.data_dir / "artifacts/jobs").glob("*")) == []
     assert web.get("/jobs").json() == {"jobs": [], "next": None}
     assert queue.depth() == 0
+
+
+def test_methods_to_compare_and_a_protocol_are_kept(submit: Submit, web: Client) -> None:
+    asked = {
+        "method": "aquant",
+        "compare": ["qdrop", "nearest"],
+        "protocol": "qdrop",
+        "protocol_switches": {"model_input": "high"},
+        "preset": "paper",
+    }
+    answer = submit(config={**BITS, **asked})
+    assert answer.status_code == 202
+    config = web.get(answer.headers["location"]).json()["config"]
+    unsaid = dict.fromkeys(("first_last_weights", "last_layer_input", "second_layer_input", "shortcut"))
+    expected = asked | {"protocol_switches": {"model_input": "high", **unsaid}}
+    assert {key: config[key] for key in asked} == expected
+    assert config["border"]["fusion"] == "channel_mean"  # the paper's preset has it, and says so from here on
 
 
 def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> None:
@@ -178,8 +204,10 @@ def test_an_ended_job_has_no_seconds_left(submit: Submit, web: Client, sessions:
         claim = repository.claim(location.rpartition("/")[2], "me", timedelta(minutes=1))
         assert claim is not None
         forecast = {"seconds": 9.0, "peak_bytes": 2, "blocks": []}
-        repository.renew(claim, timedelta(minutes=1), "reconstruct", {"eta_seconds": 7.5, "forecast": forecast})
-    assert web.get(location).json()["progress"]["eta_seconds"] == 7.5
+        document = {"method": "qdrop", "eta_seconds": 7.5, "forecast": forecast}
+        repository.renew(claim, timedelta(minutes=1), "reconstruct", document)
+    progress = web.get(location).json()["progress"]
+    assert (progress["method"], progress["eta_seconds"]) == ("qdrop", 7.5)
     with sessions.begin() as session:
         JobRepository(session).finish(
             claim, JobState.FAILED, "reconstruct", {"title": "", "code": "", "detail": "", "remedy": ""}
