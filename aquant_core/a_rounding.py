@@ -88,7 +88,7 @@ def _flips(error: Tensor, dim: int) -> Tensor:
 
 def _count(total: Tensor) -> Tensor:
     """Flips by 1 that bring a sum to at most 1/2."""
-    return torch.ceil(total - 0.5).clamp(min=0)
+    return torch.ceil(total - 0.5).clamp(min=0).nan_to_num(0.0)
 
 
 def _first(gain: Tensor, count: Tensor, dim: int) -> Tensor:

@@ -82,7 +82,8 @@ class Protocol(_Strict):
 
     Attributes:
         first_last_weights: weights of the first and the last layer.
-        model_input, last_layer_input: what the first and the last layer read.
+        model_input: the images, wherever a layer reads them.
+        last_layer_input: what the last layer reads.
         second_layer_input: what is read of the first layer's output.
         shortcut: the value that an identity shortcut adds. Methods that quantize outputs quantize it anyway.
     """

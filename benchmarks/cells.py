@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -176,6 +178,7 @@ def sweep(
     if not jobs:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what is finished is kept"))  # and the children
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=4) as pool:
         for cell, result in pool.imap_unordered(_measure, jobs):
             results.add(cell, result)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aquant_core.border import STORED_TYPE
 from aquant_core.config import BorderConfig
-from aquant_core.layers import Dropping, QuantizedLayer
+from aquant_core.layers import ActivationQuantizer, Dropping, QuantizedLayer
 from aquant_core.quantizers import UniformGrid, WeightRounding, search_weight_grid
 
 CHANNELS, BITS, SCALE = 4, 3, 0.23
@@ -214,6 +214,38 @@ def test_dropping_inside_a_layer_gives_float_inputs_back() -> None:
     layer, x = make_layer()
     layer.dropping = Dropping(1.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), convolve(layer, x))
+
+
+@pytest.mark.parametrize("zero_point", [0, 3])
+@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (5, 6), (2, 3, 6), (0, 4, 5, 3), (0, 6)])
+def test_a_value_is_quantized_whatever_its_shape(shape: tuple[int, ...], zero_point: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    part = ActivationQuantizer()
+    assert part(x) is x
+    part.quantize_activation(UniformGrid(torch.tensor(SCALE), torch.tensor(float(zero_point)), 2**BITS - 1), BITS)
+    assert part.activation_bits == BITS
+    torch.testing.assert_close(part(x).detach(), nearest(x, zero_point))
+    part.dropping = Dropping(1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(part(x), x)
+    part.dropping = Dropping(0.5, torch.Generator().manual_seed(0))
+    mixed = part(x).detach()
+    assert ((mixed == x) | torch.isclose(mixed, nearest(x, zero_point))).all()
+    part.rounding = 0.0
+    part.finish()
+    torch.testing.assert_close(part(x).detach(), nearest(x, zero_point))
+
+
+def test_a_values_step_gets_its_gradient() -> None:
+    # s q with q = 1, 3 and the clipped 7: dx/ds = q - t inside (LSQ), q beyond.
+    part = ActivationQuantizer()
+    part.quantize_activation(UniformGrid(torch.tensor(0.5), torch.tensor(0.0), 7), 3)
+    x = torch.tensor([[0.4], [1.6], [9.0]], requires_grad=True)
+    part(x).sum().backward()
+    assert part.activation_scale is not None
+    assert part.activation_scale.grad is not None
+    assert float(part.activation_scale.grad) == pytest.approx((1 - 0.8) + (3 - 3.2) + 7)
+    assert x.grad is not None
+    assert x.grad.flatten().tolist() == [1, 1, 0]
 
 
 def test_projection_keeps_the_step_positive() -> None:

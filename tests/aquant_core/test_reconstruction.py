@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -278,11 +279,21 @@ def test_adaround_learns_the_weights_of_one_layer_at_a_time() -> None:
         codes.append(codes_of(model))
         assert all(layer.weight is not None and layer.weight.variable is None for layer in model.layers.values())
     changed = [
-        [name for name in LAYERS if not torch.equal(earlier[name], later[name])]
-        for earlier, later in pairwise(codes)
+        [name for name in LAYERS if not torch.equal(earlier[name], later[name])] for earlier, later in pairwise(codes)
     ]
     assert changed == [["first"], ["second"]]
     assert steps_of(model) == steps
+
+
+@pytest.mark.parametrize("part", ["learn_weights", "learn_scale"])
+def test_what_is_not_to_be_learned_stays(part: str) -> None:
+    _, model, block, cache = setting("qdrop_refactored")
+    steps, codes = steps_of(model), codes_of(model)
+    method = replace(METHODS["qdrop_refactored"], **{part: False})
+    reconstruct_block(model, block, cache, Schedule(method, PRESET, BorderConfig()), generator(), lambda *_: None)
+    assert (steps_of(model) == steps) is (part == "learn_scale")
+    same = [torch.equal(codes_of(model)[name], before) for name, before in codes.items()]
+    assert same == [part == "learn_weights"] * 2
 
 
 def test_other_methods_learn_the_block_as_one() -> None:

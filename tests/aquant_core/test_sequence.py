@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from aquant_core import sequence
+from aquant_core.caches import BlockCache
 from aquant_core.capture_model import capture
 from aquant_core.config import BorderConfig, Method, QuantizationConfig
 from aquant_core.fold import fold_batch_norm
 from aquant_core.forecast import BlockForecast, Forecast
+from aquant_core.graph import INPUT
 from aquant_core.methods import METHODS, Preset
-from aquant_core.model import marked, quantize_to_nearest, run_float_block
+from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, run_float_block
 from aquant_core.partition import Block, partition
 from aquant_core.progress import Progress
-from aquant_core.reconstruction import Schedule
+from aquant_core.reconstruction import BlockHistory, Schedule, reconstruct_block
 from aquant_core.resources import Resources
 from aquant_core.sequence import Run, reconstruct_blocks
 
@@ -96,6 +98,70 @@ def test_the_float_network_is_run_once_for_all(monkeypatch: pytest.MonkeyPatch) 
     go(make_runs("aquant", "adaround"))
     # Each layer of a block has a target of its own in AdaRound.
     assert passed == ["stem", "stem", "first", "first", "second", "mean"]
+
+
+@dataclass
+class Learned:
+    """What a unit is learned from."""
+
+    unit: str
+    noised: Tensor
+    clean: Tensor
+    target: Tensor
+    seed: int
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[Learned]:
+    found: list[Learned] = []
+
+    def noted(
+        model: QuantizedModel,
+        unit: Block,
+        cache: BlockCache,
+        schedule: Schedule,
+        generator: torch.Generator,
+        told: Callable[[int, float], None],
+    ) -> BlockHistory:
+        values = (part.read(0, len(part)).clone() for part in (cache.noised, cache.clean, cache.target))
+        found.append(Learned(unit.name, *values, generator.initial_seed()))
+        return reconstruct_block(model, unit, cache, schedule, generator, told)
+
+    monkeypatch.setattr(sequence, "reconstruct_block", noted)
+    return found
+
+
+@pytest.mark.parametrize("method", ["aquant", "adaround"])
+def test_inputs_come_from_the_quantized_and_targets_from_the_float_network(
+    method: Method, learned: list[Learned]
+) -> None:
+    (run,) = make_runs(method)
+    go([run])
+    graph, values = run.model.graph, {INPUT: IMAGES}
+    for node in graph.nodes:
+        values[node.name] = graph.run_node(node, [values[name] for name in node.inputs])
+    with torch.no_grad():
+        stem = run.model.run_block(run.blocks[0], IMAGES)  # as it was left
+    # Block by block from its input to its output; in AdaRound to behind each layer's activation.
+    ends = [("stem", "relu"), ("first", "relu_2")]
+    if method == "adaround":
+        ends = [("stem", "relu"), ("first", "relu_1"), ("second", "second")]
+    assert [entry.unit for entry in learned] == [unit for unit, _ in ends]
+    for entry, (unit, end) in zip(learned, ends, strict=True):
+        torch.testing.assert_close(entry.target, values[end])
+        assert torch.equal(entry.noised, IMAGES if unit == "stem" else stem)
+        torch.testing.assert_close(entry.clean, IMAGES if unit == "stem" else values["relu"])
+    assert not torch.equal(stem, values["relu"])
+
+
+def test_methods_draw_the_same_images_block_by_block(learned: list[Learned]) -> None:
+    methods: list[Method] = ["aquant_no_border", "qdrop_refactored", "brecq"]
+    go(make_runs(*methods))
+    go(make_runs("aquant"), seed=1)
+    seeds = {unit: [entry.seed for entry in learned if entry.unit == unit] for unit in ("stem", "first")}
+    for same in seeds.values():
+        assert same[0] == same[1] == same[2] != same[3]
+    assert seeds["stem"][0] != seeds["first"][0]
 
 
 def test_the_seed_and_the_block_decide_what_is_drawn() -> None:

@@ -56,7 +56,7 @@ def client(stack: Stack) -> Iterator[Client]:
 def finished(stack: Stack) -> tuple[JobDocument, list[JobDocument]]:
     """The example, quantized; and everything that was seen of it on the way."""
     with Client(stack.url) as client:
-        job = client.submit(MODEL, CALIBRATION, CONFIG, EVALUATION)
+        job = client.submit(MODEL, CALIBRATION, {**CONFIG, "compare": ["qdrop"]}, EVALUATION)
         seen = list(client.watch(job.id))
     assert seen[-1].state == JobState.SUCCEEDED, seen[-1].error
     return seen[-1], seen
@@ -86,6 +86,7 @@ def test_progress_was_shown_on_the_way(finished: tuple[JobDocument, list[JobDocu
     assert job.created_at <= job.started_at <= job.finished_at
     assert job.attempt == 1
     assert {one.state for one in seen} >= {JobState.RUNNING, JobState.SUCCEEDED}
+    assert {one.progress.method for one in seen} >= {"aquant", "qdrop"}
 
 
 def test_report_and_checkpoint_are_those_of_the_job(
@@ -96,6 +97,9 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert report["accuracy"]["float"]["top1"] > 0.9
     assert report["accuracy"]["quantized"]["n"] == 2000
     assert report["seed"] == 0
+    assert [row["method"] for row in report["comparison"]] == ["aquant", "qdrop"]
+    assert report["comparison"][0]["accuracy"] == report["accuracy"]["quantized"]
+    assert report["protocol"]["name"] == "paper"
     target = tmp_path / "quantized.safetensors"
     assert client.download(job.id, target) == job.files["checkpoint"].sha256
     assert hashlib.sha256(target.read_bytes()).hexdigest() == job.files["checkpoint"].sha256
