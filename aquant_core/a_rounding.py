@@ -54,8 +54,9 @@ def a_round(t: Tensor) -> Tensor:
     """Whole numbers next to ``t`` whose errors nearly cancel, channel by channel and then over each window.
 
     Rounded to nearest (halves down) at first. In each channel, as many roundings are flipped against the sign of the
-    error sum as bring it to at most 1/2; then one rounding in each of as many channels as bring the window's error
-    sum there. Those whose fraction is nearest to one half come first, as their flipping costs least.
+    error sum as bring it to at most 1/2. Then one rounding in each of as many channels as bring the window's error sum
+    there, of those channels whose own sum has its sign, so that theirs stay below 1. Roundings whose fraction is
+    nearest to one half come first, as their flipping costs least.
 
     Args:
         t: (..., C, K, L), activations in units of the step: C channels and K positions in each of L windows. What is
@@ -73,6 +74,7 @@ def a_round(t: Tensor) -> Tensor:
     window_sum = error.sum((-3, -2), keepdim=True)  # (..., 1, 1, L)
     gain = error * window_sum.sign()  # a flip against the sum is possible where this is positive
     best, place = gain.max(-2, keepdim=True)  # (..., C, 1, L)
+    best = best * (error.sum(-2, keepdim=True) * window_sum.sign() > 0)
     chosen = _first(best, _count(window_sum.abs()), dim=-3) & (best > 0)
     flips = torch.zeros_like(t).scatter_(-2, place, chosen.to(t.dtype))
     return rounded - flips * window_sum.sign()

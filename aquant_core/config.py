@@ -49,13 +49,24 @@ class BorderConfig(_Strict):
 
     form: Literal["quadratic", "linear"] = "quadratic"
     bound: Literal["steep", "stretched", "clip"] = "steep"
-    fusion: Literal["channel_mean", "none"] = "channel_mean"
+    fusion: Annotated[
+        Literal["channel_mean", "none"],
+        Field(
+            description="Where a job says nothing: channel_mean for preset paper or a learned alpha, else none.",
+            json_schema_extra=lambda schema: schema.pop("default"),
+        ),
+    ] = "channel_mean"
     alpha: Literal["fixed", "learned"] = "fixed"
     granularity: Literal["position", "channel"] = "position"
     input_gradient: bool = True
 
     @model_validator(mode="after")
     def _refuse_meaningless(self) -> Self:
+        if self.granularity == "channel" and self.alpha == "learned":
+            raise ValueError(
+                'border.alpha "learned" weighs the positions of a window, which border.granularity "channel" has not: '
+                'set border.alpha to "fixed", or border.granularity to "position"'
+            )
         if self.granularity == "channel" and self.fusion != "none":
             raise ValueError(
                 'border.granularity "channel" has one border per channel and nothing to average: '
@@ -136,7 +147,7 @@ class QuantizationConfig(_Strict):
         int | None, Field(ge=1, le=1_000_000, description="Steps per block; null takes the preset's.")
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    border: BorderConfig = BorderConfig()
+    border: Annotated[BorderConfig, Field(default_factory=BorderConfig)]
     protocol: Annotated[
         ProtocolName, Field(description="What is kept at `first_last_bits`, and whether shortcuts are quantized.")
     ] = "paper"
@@ -161,7 +172,7 @@ class QuantizationConfig(_Strict):
         if not isinstance(border, dict) or "fusion" in border:
             return data
         by_channel = border.get("granularity") == "channel"
-        fused = border.get("alpha") == "learned" or (data.get("preset") == "paper" and not by_channel)
+        fused = not by_channel and (border.get("alpha") == "learned" or data.get("preset") == "paper")
         return data | {"border": border | {"fusion": "channel_mean" if fused else "none"}}
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aquant_core.border import STORED_TYPE
-from aquant_core.config import BorderConfig
+from aquant_core.config import BorderConfig, Method
 from aquant_core.errors import ResumeError
 from aquant_core.graph import Node
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
@@ -32,14 +32,14 @@ class FinishedBlocks:
     Args:
         folder: made if it is not there.
         run: JSON values that decide the outcome; blocks of a run with others are refused.
-        label: tells the blocks of several methods in one folder apart.
+        method: its name is part of the files', so that several methods share a folder.
 
     Raises:
         ResumeError: ``folder`` is a file.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], label: str = "") -> None:
-        self._folder, self._label = folder, label
+    def __init__(self, folder: Path, run: dict[str, Any], method: Method) -> None:
+        self._folder, self._method = folder, method
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
         if folder.exists() and not folder.is_dir():
             raise ResumeError(f"{folder} is a file.", "Give a folder; it is made if it is not there.")
@@ -92,8 +92,7 @@ class FinishedBlocks:
         return entry
 
     def _path(self, index: int) -> Path:
-        name = "-".join(filter(None, ("block", self._label, f"{index:04d}")))
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"block-{self._method}-{index:04d}.safetensors"
 
 
 def _digest(tensors: dict[str, Tensor], entry: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ class ActivationQuantizer(nn.Module):
         self.activation_bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """x_hat of x's own shape, (N, C, H, W) or (..., F): with one border per channel or feature, or none.
+        """x_hat of x's own shape: (N, C, H, W), with one border per channel or none, or any other with none.
 
         While the rounding schedule is 0 the border does not matter, whatever its granularity.
         """
@@ -156,7 +156,8 @@ class QuantizedLayer(ActivationQuantizer):
             )
             return a_rounded_convolution(x, quantizer, weight, self.bias, self.window, self.groups)
         if self.op == "linear":
-            return F.linear(super().forward(x), weight, self.bias)
+            rows = x.reshape(-1, x.shape[-1], 1, 1)  # a border per feature, wherever the features stand
+            return F.linear(super().forward(rows).reshape(x.shape), weight, self.bias)
         if self.has_border_by_position and self._rounds:
             return self._convolve_columns(x, weight)
         return F.conv2d(  # it pads x_hat with 0, which is the code z

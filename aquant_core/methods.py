@@ -92,7 +92,7 @@ class Preset:
     changes: Mapping[Method, Mapping[str, Any]] = field(default_factory=dict)
 
 
-# Dropping and the stronger regulariser are for long runs: in 300 iterations both cost accuracy (docs/results.md).
+# The paper's dropping and stronger regulariser are for its 20,000 iterations; what they do to 300: docs/results.md.
 _SHORT: Mapping[Method, Mapping[str, Any]] = {
     "aquant": {"drop_input": 0.0, "regulariser_weight": 0.01, "first_beta": 20.0},
     "aquant_no_border": {"drop_input": 0.0},

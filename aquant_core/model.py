@@ -12,7 +12,7 @@ from aquant_core.graph import INPUT, LAYERS, OPERATORS, QUANTIZE, CapturedModel,
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.methods import MethodSettings, Placement
 from aquant_core.partition import Block
-from aquant_core.placement import layer_before, layers_behind, mark_outputs, mark_shortcuts, source_of
+from aquant_core.placement import layer_before, layers_behind, mark_outputs, mark_shortcuts, reads_images
 from aquant_core.quantizers import WeightRounding, search_activation_grid, search_weight_grid
 
 CALIBRATED_ON = 256
@@ -98,10 +98,10 @@ def bits_of_layers(graph: CapturedModel, config: QuantizationConfig) -> dict[str
     bits = {}
     for node in graph.layers:
         weight, activation, name = config.weight_bits, config.activation_bits, node.name
-        reads_images = source_of(by_name, node.inputs[0]) == INPUT
+        of_images = reads_images(by_name, node.inputs[0])
         high_weight = name in (first, last) and protocol.first_last_weights == "high"
         high_input = (
-            (reads_images and protocol.model_input == "high")
+            (of_images and protocol.model_input == "high")
             or (name == last and protocol.last_layer_input == "high")
             or (protocol.second_layer_input == "high" and layer_before(by_name, node.inputs[0]) == first)
         )
@@ -109,7 +109,7 @@ def bits_of_layers(graph: CapturedModel, config: QuantizationConfig) -> dict[str
             weight = config.first_last_bits
         if high_input and activation != FLOAT_BITS:
             activation = config.first_last_bits
-        if reads_images and protocol.model_input == "float":
+        if of_images and protocol.model_input == "float":
             activation = FLOAT_BITS
         override = config.layers.get(name)
         if override is not None:

@@ -36,8 +36,13 @@ class Block:
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The nodes to be quantized; empty for what merely connects blocks (pooling, flattening)."""
+        """The nodes with a weight to be quantized."""
         return tuple(node for node in self.nodes if node.op in LAYERS)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything in it is quantized; not so in what merely connects blocks (pooling, flattening)."""
+        return any(node.op in LAYERS or node.op == QUANTIZE for node in self.nodes)
 
 
 def partition(model: CapturedModel) -> list[Block]:

@@ -25,6 +25,7 @@ from aquant_core.images import ImageSet, Kind, check_images, read_images
 from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
 from aquant_core.partition import partition
+from aquant_core.placement import mark_before, shortcut_of
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
@@ -103,7 +104,7 @@ def quantize(
     schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
     graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
     blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
-    count = sum(bool(block.layers) for block in blocks[config.method])
+    count = sum(block.has_parts for block in blocks[config.method])
     learned = [name for name in methods if schedules[name].method.reconstruct]
     forecasts = {
         name: forecast(
@@ -136,11 +137,12 @@ def quantize(
         nearest_graph = marked(graph, config, METHODS["nearest"])
         nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
     logits = {"float": float_logits, "nearest": logits_of(nearest, evaluation.images, resources.device)}
+    del weights, nearest
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
     if resume_from is not None:
-        identity = _identity(digests, len(calibration), config, preset)
         for name, run in runs.items():
-            run.finished = FinishedBlocks(Path(resume_from), identity, "" if name == config.method else name)
+            identity = _identity(digests, len(calibration), config, run)
+            run.finished = FinishedBlocks(Path(resume_from), identity, name)
     if runs:
         reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
 
@@ -173,7 +175,7 @@ def quantize(
         "values": [_describe_value(main, name) for name in main.quantizers],
         "size": _size(captured, main),
         "method": config.method,
-        "protocol": _protocol(config, schedules[config.method].method),
+        "protocol": _protocol(config, main, schedules[config.method].method),
         "preset": vars(preset) | {"name": config.preset},
         "settings": vars(schedules[config.method].method),
         "config": config.model_dump(mode="json"),
@@ -199,10 +201,16 @@ def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
     return images
 
 
-def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, preset: Preset) -> dict[str, Any]:
-    """What decides how the blocks come out; ``images`` are those not held back."""
-    kept = {name: digests[name] for name in ("model", "calibration")}
-    return {"digests": kept, "images": images, "config": config.model_dump(mode="json"), "preset": vars(preset)}
+def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, run: Run) -> dict[str, Any]:
+    """What decides how a method's blocks come out; ``images`` are those not held back."""
+    return {
+        "digests": {name: digests[name] for name in ("model", "calibration")},
+        "images": images,
+        "config": config.model_dump(mode="json", exclude={"method", "compare"}),
+        "protocol": config.resolved_protocol.model_dump(),
+        "preset": vars(run.schedule.preset),
+        "settings": vars(run.schedule.method),
+    }
 
 
 def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -216,13 +224,16 @@ def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
 
 
 def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
+    """A layer; where its input is quantized before it reaches it, ``input_from`` names the value in ``values``."""
     layer = model.layers[name]
+    mark = mark_before(model.graph, name)
     return {
         "name": name,
         "op": layer.op,
         "weight_shape": list(layer.float_weight.shape),
         "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits,
+        "activation_bits": layer.activation_bits if mark is None else model.quantizers[mark].activation_bits,
+        "input_from": mark,
         "step": None if layer.activation_scale is None else float(layer.activation_scale),
         "zero_point": layer.zero_point,
         "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
@@ -262,7 +273,7 @@ def _comparison(
         "method": method,
         "accuracy": None if evaluation.labels is None else accuracy(logits, evaluation.labels),
         "fidelity": fidelity(logits, float_logits),
-        "shortcut": "low" if model.quantizers else "float",
+        "shortcut": shortcut_of(model.graph),
         "block_errors": {block["name"]: block["error_after"] for block in history},
         "border_parameters": sum(
             layer.border.number_of_parameters() for layer in model.layers.values() if layer.border is not None
@@ -272,14 +283,15 @@ def _comparison(
     }
 
 
-def _protocol(config: QuantizationConfig, method: MethodSettings) -> dict[str, Any]:
-    """What published tables mix silently (see docs/method.md), as it was for this method."""
-    protocol = config.resolved_protocol
-    switches = protocol.model_dump()
-    if method.placement == "output":
-        switches["shortcut"] = "low"  # it carries a value that is quantized where it is made
+def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
+    """What published tables mix silently (see docs/method.md), as it was for this network."""
+    switches = config.resolved_protocol.model_dump()
+    if (shortcut := shortcut_of(model.graph)) is not None:
+        switches["shortcut"] = shortcut
+    named = PROTOCOLS[config.protocol].model_dump()
+    changed = [f"{name} {width}" for name, width in switches.items() if width != named[name]]
     return {
-        "name": config.protocol if protocol == PROTOCOLS[config.protocol] else f"{config.protocol}, changed",
+        "name": ", ".join([config.protocol, *changed]),
         **switches,
         "first_last_bits": config.first_last_bits,
         "activations_quantized_at": f"layer {method.placement}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 from aquant_core.graph import INPUT, LAYERS, PASSED_ON, QUANTIZE, CapturedModel, Node
 
@@ -35,15 +36,38 @@ def mark_outputs(graph: CapturedModel, model_input: bool) -> CapturedModel:
 
 def mark_shortcuts(graph: CapturedModel) -> CapturedModel:
     """A graph in which what an identity shortcut adds is quantized: an operand that something else reads, too."""
-    readers = Counter(name for node in graph.nodes for name in node.inputs)
-    nodes: list[Node] = []
+    shortcuts = _shortcuts(graph)
+    marks = {name: Node(f"{name}.{QUANTIZE}", QUANTIZE, (name,)) for _, name in shortcuts}
+    nodes = [marks[INPUT]] if INPUT in marks else []
     for node in graph.nodes:
-        marks = {}
-        if node.op == "add":
-            marks = {name: f"{node.name}.{name}.{QUANTIZE}" for name in node.inputs if readers[name] > 1}
-        nodes += [Node(mark, QUANTIZE, (name,)) for name, mark in marks.items()]
-        nodes.append(_reading(node, marks))
+        nodes.append(_reading(node, {name: marks[name].name for adds, name in shortcuts if adds == node.name}))
+        if node.name in marks:
+            nodes.append(marks[node.name])
     return CapturedModel(nodes, graph.weights, graph.input_shape)
+
+
+def shortcut_of(graph: CapturedModel) -> Literal["float", "low"] | None:
+    """Whether identity shortcuts of a marked graph add quantized values; None where it has no such shortcut."""
+    added = {name for _, name in _shortcuts(graph)}
+    marks = {node.name: node.inputs[0] for node in graph.nodes if node.op == QUANTIZE}
+    added |= {name for node in graph.nodes if node.op == "add" for name in node.inputs if name in marks}
+    if not added:
+        return None
+    return "low" if added <= marks.keys() else "float"
+
+
+def mark_before(graph: CapturedModel, layer: str) -> str | None:
+    """The mark at which the input of a layer is quantized, if it is not by the layer itself."""
+    by_name = {node.name: node for node in graph.nodes}
+    source = source_of(by_name, by_name[layer].inputs[0])
+    return source if source != INPUT and by_name[source].op == QUANTIZE else None
+
+
+def _shortcuts(graph: CapturedModel) -> list[tuple[str, str]]:
+    """Additions and those of their operands that something else reads, too."""
+    readers = Counter(name for node in graph.nodes for name in node.inputs)
+    additions = [node for node in graph.nodes if node.op == "add"]
+    return [(node.name, name) for node in additions for name in node.inputs if readers[name] > 1]
 
 
 def source_of(by_name: dict[str, Node], name: str) -> str:
@@ -62,10 +86,16 @@ def layer_before(by_name: dict[str, Node], name: str) -> str | None:
     return None if name == INPUT else name
 
 
+def reads_images(by_name: dict[str, Node], name: str) -> bool:
+    """Whether a value is the images, quantized or not."""
+    while name != INPUT and by_name[name].op in PASSED_ON | {QUANTIZE}:
+        name = by_name[name].inputs[0]
+    return name == INPUT
+
+
 def layers_behind(graph: CapturedModel, mark: Node) -> list[str]:
     """Names of the layers that read a marked value."""
-    by_name = {node.name: node for node in graph.nodes}
-    return [node.name for node in graph.layers if source_of(by_name, node.inputs[0]) == mark.name]
+    return [node.name for node in graph.layers if mark_before(graph, node.name) == mark.name]
 
 
 def _reading(node: Node, instead: dict[str, str]) -> Node:

@@ -49,7 +49,9 @@ class Run:
 
 
 def reconstruct_blocks(runs: list[Run], images: Tensor, seed: int, resources: Resources, tell: OnProgress) -> None:
-    """Learns every block that has layers; several methods go through the blocks together and share the float network's.
+    """Learns every block in which something is quantized.
+
+    Several methods go through the blocks together and share what the float network makes of the images.
 
     Args:
         runs: the methods; the networks differ in nothing but where values are quantized.
@@ -123,7 +125,7 @@ class _Sequence:
         self.run, self.float_values, self.seed, self.tell, self.clock = run, float_values, seed, tell, clock
         self.noised = float_values.clean
         self.resuming = run.finished is not None
-        self.count = sum(bool(block.layers) for block in run.blocks)
+        self.count = sum(block.has_parts for block in run.blocks)
 
     def go_through(self, index: int, shared: float, learned: Callable[[], None]) -> None:
         """Learns the block or takes the finished one, and hands its outputs on.
@@ -135,7 +137,7 @@ class _Sequence:
         """
         run, block = self.run, self.run.blocks[index]
         self.started, self.expected = time.monotonic() - shared, run.forecast.blocks[index]
-        if not block.layers:
+        if not block.has_parts:
             learned()
             self.hand_on(block)
             return
@@ -172,7 +174,7 @@ class _Sequence:
         return {
             "name": block.name,
             "layers": [node.name for node in block.layers],
-            "iterations": len(units) * steps,
+            "iterations": len(units) * steps if curve.iterations else 0,
             "error_before": before,
             "loss": {"iterations": curve.iterations, "values": curve.losses},
         }

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 from cells import Cell, Images, Results, sweep
 from record import RESULTS
+from results_page import SEEDS, page
 
 import aquant_core
 from aquant_core.config import Method
@@ -27,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "examples" / "fashion_mnist"))
 METHODS = ["nearest", "adaround", "brecq", "qdrop", "qdrop_refactored", "aquant_no_border", "aquant"]
 NETWORKS = {"residual": "fashion_mnist", "inverted_residual": "fashion_mnist", "plain": "digits"}
-SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ ABLATIONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("border's rate 1e-2", {}, {"border_rate": 1e-2}),
     ("border's rate 4e-2", {}, {"border_rate": 4e-2}),
     (
-        "the paper's recipe in 300 iterations",
+        "the paper's fusion, dropping, regulariser and border's rate",
         {"border": {"fusion": "channel_mean"}},
         {
             "border_rate": 1e-3,
@@ -162,6 +162,9 @@ def main() -> None:
         return Images(model, calibration, TestImages(folders[example]))
 
     if not options.page:
+        for name, folder in folders.items():
+            if name in {NETWORKS[network] for network in options.networks} and not folder.is_dir():
+                raise SystemExit(f"{folder} is not there: see examples/{name}/README.md for the data set's files")
         chosen = [
             cell
             for cell in plan()
@@ -171,8 +174,6 @@ def main() -> None:
             and cell.method in options.methods
         ]
         sweep(chosen, results, images, options.processes, options.threads, options.device)
-    from results_page import page
-
     (ROOT / "docs" / "results.md").write_text(page(plan(), results))
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from record import command, commit, write
 import aquant_core
 from aquant_core.config import QuantizationConfig
 from aquant_core.evaluation import logits_of
-from aquant_core.methods import PRESETS
+from aquant_core.methods import PRESETS, Preset, settings_of
 
 Z = 1.959964
 """Of a 95 % interval."""
@@ -91,19 +92,36 @@ class Images:
     score: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.device], dict[str, Any]] | None = None
 
 
-def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Runs a cell; what is kept of it."""
+def preset_of(cell: Cell) -> Preset:
+    """The cell's preset with its changes, those of the method (``settings``) among them."""
+    changes = dict(cell.changes)
+    settings = changes.pop("settings", {})
+    preset = replace(PRESETS[cell.preset], **changes)
+    config = cell.configuration
+    if config.iterations is not None:
+        preset = replace(preset, iterations=config.iterations)
+    of_method = {**preset.changes.get(config.method, {}), **settings}
+    return replace(preset, changes={**preset.changes, config.method: of_method}) if settings else preset
+
+
+def is_current(cell: Cell, result: dict[str, Any]) -> bool:
+    """Whether a finished cell was run with what the cell stands for today: defaults are not part of its key."""
+    preset, config = preset_of(cell), cell.configuration
+    settings = settings_of(config.method, preset)
+    rates = {name: value for name, value in vars(preset).items() if name != "changes"}
+    return (
+        result["settings"] == vars(settings)
+        and rates.items() <= result["preset"].items()
+        and (not settings.border or result["border"] == config.border.model_dump())
+    )
+
+
+def measure(cell: Cell, images: Images, threads: int, device: str = "cpu", revision: str = "") -> dict[str, Any]:
+    """Runs a cell; what is kept of it, with the ``revision`` of what is measured."""
     torch.set_num_threads(threads)
     evaluation = images.load_evaluation()
     assert evaluation.labels is not None
-    preset = PRESETS[cell.preset]
-    changes = dict(cell.changes)
-    settings = changes.pop("settings", {})
-    preset = replace(preset, **changes)
-    if settings:  # of the method itself: over the preset's own changes to it
-        of_method = {**preset.changes.get(cell.configuration.method, {}), **settings}
-        preset = replace(preset, changes={**preset.changes, cell.configuration.method: of_method})
-    config = cell.configuration
+    preset, config = preset_of(cell), cell.configuration
     if images.architecture is not None:
         config = config.model_copy(update={"architecture": images.architecture})
     resources = aquant_core.Resources(torch.device(device))
@@ -121,6 +139,7 @@ def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> di
         **scores,
         "size": report["size"],
         "preset": report["preset"],
+        "border": report["config"]["border"],
         "settings": report["settings"],
         "protocol": report["protocol"],
         "block_errors": {block["name"]: block["error_after"] for block in report["blocks"]},
@@ -129,7 +148,7 @@ def measure(cell: Cell, images: Images, threads: int, device: str = "cpu") -> di
         "versions": report["versions"],
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": threads,
-        "commit": commit(),
+        "commit": revision or commit(),
         "command": command(),
     }
 
@@ -154,7 +173,7 @@ class Results:
         self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
 
     def __contains__(self, cell: Cell) -> bool:
-        return cell.key in self.cells
+        return cell.key in self.cells and is_current(cell, self.cells[cell.key])
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
         self.cells[cell.key] = result
@@ -173,25 +192,38 @@ def sweep(
     for cell in cells:
         if cell not in results:
             left.setdefault(cell.key, cell)
-    jobs = [(cell, images(cell.network), threads, device) for cell in left.values()]
+    revision = commit()
+    jobs = [(cell, images(cell.network), threads, device, revision) for cell in left.values()]
     print(f"{len(jobs)} cells to be measured, {len({cell.key for cell in cells}) - len(jobs)} are there", flush=True)
     if not jobs:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; what is finished is kept"))  # and the children
+    failed: list[str] = []
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=4) as pool:
         for cell, result in pool.imap_unordered(_measure, jobs):
+            if isinstance(result, str):
+                failed.append(cell.key)
+                print(f"failed: {cell.key}\n{result}", flush=True)
+                continue
             results.add(cell, result)
             top1 = result["accuracy"]["quantized"]["top1"]
             print(f"{top1:8.2%} {result['seconds']:6.0f} s  {cell.variant or cell.method}: {cell.key}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} cells failed, the others are kept: {'; '.join(failed)}")
 
 
-def _measure(job: tuple[Cell, Images, int, str]) -> tuple[Cell, dict[str, Any]]:
-    return job[0], measure(*job)
+def _measure(job: tuple[Cell, Images, int, str, str]) -> tuple[Cell, dict[str, Any] | str]:
+    try:
+        return job[0], measure(*job)
+    except Exception:  # of one cell: the others go on
+        return job[0], traceback.format_exc()
 
 
 def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float]:
-    """Mean difference of accuracy on the same images, and half its 95 % interval (paired by image, over all seeds).
+    """Mean difference of accuracy on the same images, and half its 95 % interval, paired by image.
+
+    The interval says what other images would change, for just these seeds; not what other seeds would.
 
     Args:
         ours, theirs: for each seed, (N,) whether each image was right.
@@ -202,14 +234,17 @@ def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float,
 
 def recovered(
     float_right: np.ndarray, ours: list[np.ndarray], theirs: list[np.ndarray], draws: int = 2000
-) -> tuple[float, float, float]:
-    """Share of the accuracy that ``theirs`` lost which ``ours`` has, and its 95 % interval by bootstrap over images."""
+) -> tuple[float, float, float] | None:
+    """Share of the accuracy that ``theirs`` lost which ``ours`` has, and its 95 % interval by bootstrap over images.
+
+    None where the loss cannot be told from nothing.
+    """
     ours_right, theirs_right = np.mean(ours, 0), np.mean(theirs, 0)
     gained, lost = ours_right - theirs_right, float_right - theirs_right
     random = np.random.default_rng(0)
     counts = random.multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=draws)  # (draws, N)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.nan_to_num((counts @ gained) / (counts @ lost))
-        share = float(np.nan_to_num(gained.sum() / lost.sum()))
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return share, float(low), float(high)
+    losses = counts @ lost
+    if losses.min() <= 0:
+        return None
+    low, high = np.quantile((counts @ gained) / losses, [0.025, 0.975])
+    return float(gained.sum() / lost.sum()), float(low), float(high)

@@ -44,11 +44,13 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Of the checkout; where there is no repository, what ``COMMIT`` says."""
+    """Of the checkout, marked where what is measured has changed since; without a repository, what ``COMMIT`` says."""
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
-            return git.stdout.strip()
+            measured = ["git", "status", "--porcelain", "--", ":/aquant_core", ":/cupy_kernels"]
+            changed = subprocess.run(measured, capture_output=True, text=True, check=False).stdout.strip()
+            return git.stdout.strip() + (" with changes" if changed else "")
     return os.environ.get("COMMIT", "")
 
 

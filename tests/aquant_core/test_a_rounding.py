@@ -92,12 +92,12 @@ def test_flips_over_the_window(channels: list[list[float]], expected: list[list[
     assert rounded(*channels) == expected
 
 
-def test_a_flip_is_taken_back_where_that_is_the_channels_cheapest() -> None:
+def test_a_channel_whose_sum_has_the_other_sign_is_left_alone() -> None:
     # The first channel's sum is -1.1875, so .4375 goes up and leaves -.1875; with the others' .4375 and .375 the
-    # window's is .625. That flip's error, .5625, is then the largest.
+    # window's is .625. The first flip's error, .5625, is then the largest, but taking it back would leave -1.1875.
     assert rounded([0.25, 0.375, 0.4375, 0.125], [0.5625, 0, 0, 0], [0.625, 0, 0, 0]) == [
+        [0, 0, 1, 0],
         [0, 0, 0, 0],
-        [1, 0, 0, 0],
         [1, 0, 0, 0],
     ]
 
@@ -120,8 +120,8 @@ def test_each_is_floor_or_ceil_and_a_windows_sum_is_small(t: Tensor) -> None:
     assert ((result == t.floor()) | (result == t.ceil())).all()
     assert torch.equal(result, result.round())
     assert (result - t).sum((0, 1)).abs().max() <= 0.5 + EPS
-    # Sums of the channels, which the third step may move by one flip.
-    assert (result - t).sum(1).abs().max() <= 1.5 + EPS
+    # Sums of the channels, which the third step may move by one flip, through zero.
+    assert (result - t).sum(1).abs().max() <= 1 + EPS
 
 
 @settings(max_examples=100, deadline=None)
@@ -160,7 +160,7 @@ def a_round_one_window(window: list[list[float]]) -> list[list[float]]:
             result[c][k] -= sign
     whole = sum(total(c) for c in range(len(window)))
     sign = math.copysign(1, whole)
-    offers = [(*candidates(c, sign)[0], c) for c in range(len(window)) if candidates(c, sign)]
+    offers = [(*candidates(c, sign)[0], c) for c in range(len(window)) if total(c) * sign > 0]
     for _, k, c in sorted(offers, reverse=True)[: flips_needed(whole)]:
         result[c][k] -= sign
     return result

@@ -107,8 +107,8 @@ def test_a_refusal_inside_the_border_names_its_path(key: str, value: Any) -> Non
     ("border", "remedy"),
     [
         ({"granularity": "channel", "fusion": "channel_mean"}, 'set border.fusion to "none"'),
-        ({"granularity": "channel", "alpha": "learned"}, 'set border.fusion to "none"'),
-        ({"granularity": "channel", "alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
+        ({"granularity": "channel", "alpha": "learned"}, 'set border.alpha to "fixed"'),
+        ({"granularity": "channel", "alpha": "learned", "fusion": "none"}, 'set border.alpha to "fixed"'),
         ({"alpha": "learned", "fusion": "none"}, 'set border.fusion to "channel_mean"'),
     ],
 )

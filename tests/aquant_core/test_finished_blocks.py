@@ -147,26 +147,26 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-FILES = ["block-0000.safetensors", "block-0001.safetensors", "block-0003.safetensors"]  # 2 is the mean
+PLACES = ["0000", "0001", "0003"]  # of the blocks; 2 is the mean
 
 
 @pytest.mark.parametrize(("case", "block"), [*((case, 2) for case in CASES), ("aquant", 1), ("aquant", 3)])
 def test_an_interrupted_run_continues_with_the_block_it_was_in(case: str, block: int, tmp_path: Path) -> None:
     interrupt(tmp_path, block, **CASES[case])
-    assert files(tmp_path) == FILES[: block - 1]
+    method = CASES[case].get("method", "aquant")
+    assert files(tmp_path) == files_of(method, BLOCKS[: block - 1])
     result, learned = resume(tmp_path, **CASES[case])
     assert learned == BLOCKS[block - 1 :]
     assert outcome(result) == outcome(undisturbed(case))
     assert entries(result) == entries(undisturbed(case))
-    assert files(tmp_path) == FILES
+    assert files(tmp_path) == files_of(method, BLOCKS)
 
 
 LEARNED = ["aquant", "qdrop", "adaround"]  # nearest learns nothing and has no files
 
 
 def files_of(method: str, blocks: list[int]) -> list[str]:
-    label = "" if method == "aquant" else f"{method}-"
-    return [FILES[block - 1].replace("block-", f"block-{label}") for block in blocks]
+    return [f"block-{method}-{PLACES[block - 1]}.safetensors" for block in blocks]
 
 
 def rows(result: QuantizationResult) -> list[dict[str, Any]]:
@@ -205,11 +205,14 @@ def test_one_methods_damaged_block_is_learned_again_and_no_others(tmp_path: Path
     assert rows(result) == rows(undisturbed("compared"))
 
 
-def test_a_comparison_s_folder_is_no_other_run_s(tmp_path: Path) -> None:
-    interrupt(tmp_path, 2, **COMPARED)
-    for changes in ({}, {"compare": ["qdrop", "adaround"]}, {"method": "qdrop"}):
-        with pytest.raises(ResumeError, match="belongs to another run"):
-            run(tmp_path, **changes)
+def test_a_methods_blocks_serve_whatever_it_is_compared_with(tmp_path: Path) -> None:
+    interrupt(tmp_path, 3, **COMPARED)
+    for changes in ({}, {"compare": ["qdrop"]}, {"method": "qdrop"}):
+        told: list[Progress] = []
+        result = run(tmp_path, told.append, **changes)
+        learned = {(p.block, p.method) for p in told if p.stage == "reconstruct"}
+        assert learned <= {(3, "aquant"), (3, "qdrop")}
+    assert outcome(result) == outcome(undisturbed("qdrop"))
 
 
 @pytest.mark.parametrize("case", FLOAT_CASES)
@@ -256,7 +259,7 @@ def resume_finished(folder: Path, **changes: Any) -> tuple[QuantizationResult, l
 
 def test_a_finished_folder_gives_the_result_without_learning(finished: Path) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    assert sorted(before) == FILES
+    assert sorted(before) == files_of("aquant", BLOCKS)
     result, learned = resume_finished(finished)
     assert learned == []
     assert outcome(result) == outcome(undisturbed("alpha_learned"))
@@ -280,10 +283,8 @@ def test_what_it_is_measured_on_may_change(finished: Path) -> None:
         pytest.param({"preset": replace(PRESET, iterations=5)}, id="iterations"),
         pytest.param({"preset": replace(PRESET, border_rate=1e-2)}, id="rate"),
         pytest.param({"weight_bits": 5}, id="bits"),
-        pytest.param({"method": "aquant_no_border", "border": {}}, id="method"),
         pytest.param({"border": {"bound": "clip", "alpha": "learned"}}, id="border"),
         pytest.param({"protocol": "qdrop"}, id="protocol"),
-        pytest.param({"compare": ["nearest"]}, id="compare"),
         pytest.param({"evaluation": None}, id="held_back"),  # learned from 21 images, not from 24
     ],
 )
@@ -292,7 +293,7 @@ def test_blocks_of_another_run_are_refused(changes: dict[str, Any], finished: Pa
     with pytest.raises(ResumeError, match="belongs to another run") as caught:
         resume_finished(finished, **changes)
     assert caught.value.code == "resume_mismatch"
-    assert "block-0000" in caught.value.detail
+    assert "block-aquant-0000" in caught.value.detail
     assert "an empty folder" in caught.value.remedy
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
@@ -318,7 +319,7 @@ def flip_last_byte(data: bytes) -> bytes:
     ],
 )
 def test_a_damaged_block_is_learned_again(damage: Callable[[bytes], bytes], finished: Path) -> None:
-    path = finished / FILES[1]
+    path = finished / files_of("aquant", [2])[0]
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
@@ -329,7 +330,7 @@ def test_a_damaged_block_is_learned_again(damage: Callable[[bytes], bytes], fini
 
 
 def test_a_missing_block_is_learned_again(finished: Path) -> None:
-    (finished / FILES[0]).unlink()
+    (finished / files_of("aquant", [1])[0]).unlink()
     result, learned = resume_finished(finished)
     assert learned == BLOCKS
     assert outcome(result) == outcome(undisturbed("alpha_learned"))
@@ -338,7 +339,7 @@ def test_a_missing_block_is_learned_again(finished: Path) -> None:
 @pytest.mark.parametrize("block", [0, 1])
 def test_what_was_left_half_written_does_no_harm(block: int, tmp_path: Path) -> None:
     interrupt(tmp_path, 2)
-    (tmp_path / FILES[block]).with_suffix(".partial").write_bytes(b"half")
+    (tmp_path / files_of("aquant", BLOCKS)[block]).with_suffix(".partial").write_bytes(b"half")
     result, learned = resume(tmp_path)
     assert learned == [2, 3]
     assert outcome(result) == outcome(undisturbed("aquant"))
@@ -369,7 +370,7 @@ def by_reference() -> Iterator[None]:
 def test_a_killed_run_continues(tmp_path: Path) -> None:
     child = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert files(tmp_path) == FILES[:1]
+    assert files(tmp_path) == files_of("aquant", [1])
     result, learned = resume(tmp_path)
     assert learned == [2, 3]
     assert outcome(result) == outcome(run())
@@ -398,4 +399,4 @@ if __name__ == "__main__":
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ResumeError, match="is a file"):
-        FinishedBlocks(tmp_path / "file", {})
+        FinishedBlocks(tmp_path / "file", {}, "aquant")

@@ -129,7 +129,7 @@ def test_channel_granularity_is_position_granularity_with_equal_coefficients(nam
     torch.testing.assert_close(by_channel(x), by_position(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (2, 3, 6, 6)])  # the last as behind a permutation
 def test_linear(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)

@@ -160,7 +160,7 @@ def test_of_several_readers_the_one_with_most_bits_decides(of_left: int, of_asid
 def test_a_shortcut_has_the_networks_bits() -> None:
     graph = mark_shortcuts(GRAPH)
     config = configured(protocol="brecq", first_last_bits=6, layers={"left": {"activation_bits": 5}})
-    assert bits_of_marks(graph, bits_of_layers(graph, config), config) == {"sum.pool.quantize": 3}
+    assert bits_of_marks(graph, bits_of_layers(graph, config), config) == {"pool.quantize": 3}
 
 
 def marks(method: Any, **changes: Any) -> list[str]:
@@ -172,11 +172,11 @@ def test_what_is_marked_for_a_method_and_a_protocol() -> None:
     for protocol, settings in PROTOCOLS.items():
         images = [] if settings.model_input == "float" else ["input.quantize"]
         assert marks(OUTPUTS, protocol=protocol) == images + inside
-        shortcut = [] if settings.shortcut == "float" else ["sum.pool.quantize"]
+        shortcut = [] if settings.shortcut == "float" else ["pool.quantize"]
         assert marks(INPUTS, protocol=protocol) == shortcut
         assert marks(OUTPUTS, protocol=protocol, activation_bits=32) == []
         assert marks(INPUTS, protocol=protocol, activation_bits=32) == []
-    assert marks(INPUTS, protocol_switches={"shortcut": "low"}) == ["sum.pool.quantize"]
+    assert marks(INPUTS, protocol_switches={"shortcut": "low"}) == ["pool.quantize"]
     assert marks(OUTPUTS, protocol_switches={"model_input": "float"}) == inside
 
 
@@ -226,7 +226,7 @@ def test_a_network_quantized_where_values_are_made() -> None:
 def test_a_network_whose_shortcut_is_quantized_beside_its_layers() -> None:
     config = configured(protocol_switches={"shortcut": "low"})
     model = quantize_to_nearest(marked(GRAPH, config, INPUTS), IMAGES, config)
-    assert {name: part.activation_bits for name, part in model.quantizers.items()} == {"sum.pool.quantize": 3}
+    assert {name: part.activation_bits for name, part in model.quantizers.items()} == {"pool.quantize": 3}
     assert all(layer.activation_scale is not None for layer in model.layers.values())
     seen: dict[str, Tensor] = {}
     float_shortcut = quantize_to_nearest(GRAPH, IMAGES, configured())
@@ -238,7 +238,7 @@ def test_a_network_whose_shortcut_is_quantized_beside_its_layers() -> None:
     run_node = model.run_node
     model.run_node = noted  # type: ignore[method-assign]
     logits = model(IMAGES)
-    quantized = nearest(seen["pool"], model.quantizers["sum.pool.quantize"])
+    quantized = nearest(seen["pool"], model.quantizers["pool.quantize"])
     assert not torch.equal(quantized, seen["pool"])
     torch.testing.assert_close(seen["sum"], seen["three"] + quantized)
     assert not torch.equal(logits, float_shortcut(IMAGES))

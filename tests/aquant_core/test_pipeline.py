@@ -122,7 +122,8 @@ def test_the_step_of_an_output_moves_where_the_method_learns_it(method: Method, 
     steps = []
     for scale_rate in (0.0, 1e-2):
         report = run(method=method, preset=replace(SHORT, scale_rate=scale_rate)).report
-        assert all(layer["step"] is None and layer["activation_bits"] == 32 for layer in report["layers"])
+        assert all(layer["step"] is None and layer["input_from"] in VALUES for layer in report["layers"])
+        assert [layer["activation_bits"] for layer in report["layers"]] == [8, 2, 2, 8]
         steps.append({value["name"]: value["step"] for value in report["values"]})
     assert [name for name in VALUES if steps[0][name] != steps[1][name]] == learned
 
@@ -305,9 +306,9 @@ def test_one_side_may_stay_float(weight_bits: int, activation_bits: int) -> None
     [
         ({}, "paper", "float"),
         ({"protocol": "qdrop"}, "qdrop", "low"),
-        ({"protocol_switches": {"shortcut": "low"}}, "paper, changed", "low"),
+        ({"protocol_switches": {"shortcut": "low"}}, "paper, shortcut low", "low"),
         ({"protocol_switches": {"shortcut": "float"}}, "paper", "float"),
-        ({"method": "brecq"}, "paper", "low"),  # it carries a quantized value anyway
+        ({"method": "brecq"}, "paper, shortcut low", "low"),  # it carries a quantized value anyway
         ({"method": "brecq", "protocol": "all-low-bit"}, "all-low-bit", "low"),
     ],
 )
@@ -326,7 +327,7 @@ def test_a_quantized_shortcut_has_a_step_that_is_learned() -> None:
         run(method=method, protocol_switches=switches, preset=SHORT).report["values"]
         for method in ("nearest", "aquant")
     )
-    assert [value["name"] for value in plain] == ["add.relu.quantize"]
+    assert [value["name"] for value in plain] == ["relu.quantize"]
     assert [value["bits"] for value in plain] == [2]
     assert plain[0]["step"] != learned[0]["step"]
 
@@ -469,3 +470,37 @@ def test_outputs_that_are_not_finite() -> None:
     images[3] *= 1e38  # finite itself, not behind the second convolution
     with pytest.raises(NonFiniteError, match="float network"):
         run(evaluation=ImageSet(images))
+
+
+class PooledFirst(nn.Module):
+    """The pooling stands between a convolution and its activation function, in a block without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(nn.functional.max_pool2d(self.stem(x), 2))
+        logits: Tensor = self.fc(torch.relu(self.second(x)).mean((2, 3)))
+        return logits
+
+
+def test_a_value_made_in_a_block_without_layers_has_a_learned_step_too() -> None:
+    torch.manual_seed(0)
+    net = PooledFirst().eval()
+    config = {"weight_bits": 2, "activation_bits": 2}
+    searched, learned = (
+        quantize(net, CALIBRATION, config | {"method": method}, EVALUATION, preset=SHORT).report
+        for method in ("adaround", "qdrop")
+    )
+    assert [block["layers"] for block in learned["blocks"]] == [["stem"], [], ["second"], ["fc"]]
+    assert [block["iterations"] for block in learned["blocks"]] == [6] * 4
+    assert [block["iterations"] for block in searched["blocks"]] == [6, 0, 6, 6]
+    steps = [{value["name"]: value["step"] for value in report["values"]} for report in (searched, learned)]
+    assert len(steps[0]) == 3
+    assert all(steps[0][name] != steps[1][name] for name in steps[0])
+    by_layer = {layer["name"]: layer for layer in learned["layers"]}
+    assert by_layer["second"]["activation_bits"] == 2
+    assert by_layer["second"]["input_from"] in steps[1]

@@ -17,7 +17,7 @@ import torch
 import aquant_core
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples" / "fashion_mnist"
+EXAMPLES = ROOT / "examples" / "digits"
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,15 @@ def page(accuracy: ModuleType) -> ModuleType:
 def made(cell: Any, right: np.ndarray, float_right: float = 0.9) -> dict[str, Any]:
     """A finished cell as ``measure`` keeps it, as far as the page reads it."""
     cells = sys.modules[type(cell).__module__]
+    preset = cells.preset_of(cell)
     top1 = {"top1": float(right.mean()), "n": len(right)}
     return {
         "cell": {"seed": cell.seed, "network": cell.network, "method": cell.method},
         "accuracy": {"quantized": top1, "float": {"top1": float_right}},
         "correct": cells.packed(torch.from_numpy(right)),
-        "preset": {"iterations": 300},
+        "preset": vars(preset),
+        "settings": vars(cells.settings_of(cell.method, preset)),
+        "border": cell.configuration.border.model_dump(),
         "seconds": 36.0,
         "threads": 1,
         "device": "a machine",
@@ -81,6 +84,9 @@ def test_recovered_share_by_hand(cells: ModuleType) -> None:
     assert low == pytest.approx(0.3 - 1.96 * 0.046, abs=0.02)
     assert high == pytest.approx(0.3 + 1.96 * 0.046, abs=0.02)
     assert cells.recovered(float_right, [ours], [theirs]) == (share, low, high)
+    almost = np.ones(1000)
+    almost[:1] = 0  # in every third draw this image is not there
+    assert cells.recovered(float_right, [float_right], [almost]) is None
 
 
 def test_the_plan_is_the_papers_experiments(accuracy: ModuleType) -> None:
@@ -123,13 +129,13 @@ def test_what_is_finished_is_kept_and_not_measured_again(
         evaluation = Evaluation(EXAMPLES / "evaluation.npz", 64)
         return cells.Images(str(EXAMPLES / f"{network}.onnx"), EXAMPLES / "calibration.npz", evaluation)
 
-    one = cells.Cell("test", "residual", "W4A4", "nearest")
-    two = cells.Cell("test", "residual", "W4A4", "aquant", config={"iterations": 1})
+    one = cells.Cell("test", "plain", "W4A4", "nearest")
+    two = cells.Cell("test", "plain", "W4A4", "aquant", config={"iterations": 1})
     path = tmp_path / "results.json"
     results = cells.Results(path)
     results.add(one, made(one, np.ones(10) > 0))
     # In this process: a pool's children would not find this test's module.
-    results.add(two, cells.measure(two, images("residual"), threads=1))
+    results.add(two, cells.measure(two, images("plain"), threads=1))
     kept = json.loads(path.read_text())["cells"]
     assert list(kept) == [one.key, two.key]
     found = kept[two.key]
@@ -157,8 +163,8 @@ def test_changes_of_a_cell_reach_the_run(accuracy: ModuleType, cells: ModuleType
     variant = "block input dropped"
     (cell,) = [c for c in accuracy.plan() if (c.section, c.variant, c.seed) == ("ablations", variant, 0)]
     evaluation = Evaluation(EXAMPLES / "evaluation.npz", 32)
-    images = cells.Images(str(EXAMPLES / "residual.onnx"), EXAMPLES / "calibration.npz", evaluation)
-    short = cells.Cell(**{**vars(cell), "config": {"iterations": 1}})
+    images = cells.Images(str(EXAMPLES / "plain.onnx"), EXAMPLES / "calibration.npz", evaluation)
+    short = cells.Cell(**{**vars(cell), "network": "plain", "config": {"iterations": 1}})
     found = cells.measure(short, images, threads=1)
     assert found["settings"]["drop_input"] == 0.5
     assert found["settings"]["regulariser_weight"] == 0.01  # the preset's own change stays
@@ -182,11 +188,27 @@ def test_the_page_says_what_the_cells_say(page: ModuleType, accuracy: ModuleType
     assert "| **AQuant** | 85.10 ± 0.10 | - | - |" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| residual | QDrop |"))
     assert row.startswith("| residual | QDrop | +5.00 ± 1.3")  # 1.96 sqrt(0.05 0.95 / 1000)
-    assert "| **51 %** (" in row  # 50 of 99 that are lost on the seeds' average
-    assert row.endswith("| 3 |")
+    assert "| +5.00, +5.00, +5.00 | **51 %** (" in row  # 50 of 99 that are lost on the seeds' average
     row = next(line for line in text.splitlines() if line.startswith("| W2A2 | residual | yes"))
     assert row.count("yes") == 5
     assert "| W3A3 | plain (digits) | 19 |" in text.split("## Not measured yet")[1]
+
+
+def test_a_cell_of_other_defaults_is_measured_again(cells: ModuleType, tmp_path: Path) -> None:
+    cell = cells.Cell("W2A2", "residual", "W2A2", "aquant", 1)
+    results = cells.Results(tmp_path / "results.json")
+    assert cell not in results
+    for key, value in (
+        ("settings", {"drop_input": 0.9}),
+        ("preset", {"border_rate": 1.0}),
+        ("border", {"form": "linear"}),
+    ):
+        finished = made(cell, np.ones(10) > 0)
+        results.add(cell, finished)
+        assert cell in results
+        results.add(cell, finished | {key: finished[key] | value})
+        assert cell not in results
+    assert results.of([cell]) == []
 
 
 def test_the_committed_page_is_the_committed_cells(page: ModuleType, accuracy: ModuleType, cells: ModuleType) -> None:
