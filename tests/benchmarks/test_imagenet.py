@@ -293,7 +293,11 @@ def test_results_of_other_images_are_not_continued(
     monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, given)])
     imagenet.main()
     [(cells, results, images)] = measured
-    kept = {"given": images("resnet18").score.given, "accuracy": {"quantized": {"top1": 0.5}}}
+    module = sys.modules[type(cells[0]).__module__]
+    preset = module.preset_of(cells[0])
+    as_it_would_run = {"preset": vars(preset), "settings": vars(module.settings_of(cells[0].method, preset))}
+    top1 = {"accuracy": {"quantized": {"top1": 0.5}}}
+    kept = {"given": images("resnet18").score.given, **top1, **as_it_would_run}
     results.add(cells[0], kept)
     imagenet.main()
     assert len(measured) == 2
