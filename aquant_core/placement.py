@@ -25,35 +25,22 @@ def mark_outputs(graph: CapturedModel, model_input: bool) -> CapturedModel:
     sources = {source_of(by_name, node.inputs[0]) for node in graph.layers}
     if not model_input:
         sources.discard(INPUT)
-    marks = {name: Node(f"{name}.{QUANTIZE}", QUANTIZE, (name,)) for name in sources}
-    nodes = [marks[INPUT]] if INPUT in marks else []
-    for node in graph.nodes:
-        nodes.append(_reading(node, {name: mark.name for name, mark in marks.items()}))
-        if node.name in marks:
-            nodes.append(marks[node.name])
-    return CapturedModel(nodes, graph.weights, graph.input_shape)
+    return _marked(graph, [(node.name, name) for node in graph.nodes for name in node.inputs if name in sources])
 
 
 def mark_shortcuts(graph: CapturedModel) -> CapturedModel:
     """A graph in which what an identity shortcut adds is quantized: an operand that something else reads, too."""
-    shortcuts = _shortcuts(graph)
-    marks = {name: Node(f"{name}.{QUANTIZE}", QUANTIZE, (name,)) for _, name in shortcuts}
-    nodes = [marks[INPUT]] if INPUT in marks else []
-    for node in graph.nodes:
-        nodes.append(_reading(node, {name: marks[name].name for adds, name in shortcuts if adds == node.name}))
-        if node.name in marks:
-            nodes.append(marks[node.name])
-    return CapturedModel(nodes, graph.weights, graph.input_shape)
+    return _marked(graph, _shortcuts(graph))
 
 
 def shortcut_of(graph: CapturedModel) -> Literal["float", "low"] | None:
     """Whether identity shortcuts of a marked graph add quantized values; None where it has no such shortcut."""
     added = {name for _, name in _shortcuts(graph)}
-    marks = {node.name: node.inputs[0] for node in graph.nodes if node.op == QUANTIZE}
+    marks = {node.name for node in graph.nodes if node.op == QUANTIZE}
     added |= {name for node in graph.nodes if node.op == "add" for name in node.inputs if name in marks}
     if not added:
         return None
-    return "low" if added <= marks.keys() else "float"
+    return "low" if added <= marks else "float"
 
 
 def mark_before(graph: CapturedModel, layer: str) -> str | None:
@@ -98,5 +85,14 @@ def layers_behind(graph: CapturedModel, mark: Node) -> list[str]:
     return [node.name for node in graph.layers if mark_before(graph, node.name) == mark.name]
 
 
-def _reading(node: Node, instead: dict[str, str]) -> Node:
-    return replace(node, inputs=tuple(instead.get(name, name) for name in node.inputs))
+def _marked(graph: CapturedModel, reads: list[tuple[str, str]]) -> CapturedModel:
+    """The graph with a mark right behind each value for which a reader, named first, is to get the quantized one."""
+    marks = {name: Node(f"{name}.{QUANTIZE}", QUANTIZE, (name,)) for _, name in reads}
+    to_change = set(reads)
+    nodes = [marks[INPUT]] if INPUT in marks else []
+    for node in graph.nodes:
+        inputs = (marks[name].name if (node.name, name) in to_change else name for name in node.inputs)
+        nodes.append(replace(node, inputs=tuple(inputs)))
+        if node.name in marks:
+            nodes.append(marks[node.name])
+    return CapturedModel(nodes, graph.weights, graph.input_shape)
