@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ class BlockLearner:
         self._now = torch.zeros(4, device=device)  # rounding, scale's rate, border's rate, beta
         self.loss = torch.zeros((), device=device)
         self._optimizer = self._prepare(generator)
-        self._replay = Replay(self._iterate, self._optimizer, generator) if device.type == "cuda" else None
+        self._replay = Replay(self._optimizer, generator) if device.type == "cuda" else None
 
     def step(self, step: int) -> None:
         """Does iteration ``step`` of ``preset.iterations``."""
@@ -164,7 +165,7 @@ class BlockLearner:
         if self._replay is None:
             self._iterate(regularised)
         else:
-            self._replay.run(regularised, (warming_up, regularised))
+            self._replay.run(partial(self._iterate, regularised), (warming_up, regularised))
 
     def _gather(self, cache: Cache, step: int, out: Tensor) -> None:
         cache.gather(self._chosen[cache.lies_on][step], out)

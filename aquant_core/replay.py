@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,19 +18,17 @@ _READINGS_BEHIND = 2
 class Replay:
     """An iteration, captured once a phase and replayed; its tensors must keep their addresses."""
 
-    def __init__(
-        self, iterate: Callable[[bool], None], optimizer: torch.optim.Optimizer, generator: torch.Generator
-    ) -> None:
-        self._iterate, self._optimizer, self._generator = iterate, optimizer, generator
+    def __init__(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        self._optimizer, self._generator = optimizer, generator
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    def run(self, regularised: bool, phase: Hashable) -> None:
-        """Does one iteration as the current ``phase`` does it."""
+    def run(self, iterate: Callable[[], None], phase: Hashable) -> None:
+        """Does one iteration: ``iterate`` as it was when its ``phase`` first came."""
         if phase not in self._graphs:
-            self._graphs[phase] = self._capture(regularised)
+            self._graphs[phase] = self._capture(iterate)
         self._graphs[phase].replay()
 
-    def _capture(self, regularised: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self, iterate: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Captures without a trace: parameters, optimizer and generator are afterwards as before."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         kept = [p.detach().clone() for p in parameters]
@@ -38,7 +38,7 @@ class Replay:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_EAGER_STEPS):
-                self._iterate(regularised)
+                iterate()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.no_grad():
             for parameter, value, state in zip(parameters, kept, states, strict=True):
@@ -52,9 +52,21 @@ class Replay:
         self._optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
-            self._iterate(regularised)
+        with _no_garbage_collection(), torch.cuda.graph(graph):
+            iterate()
         return graph
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Another graph that is collected during a capture frees memory, which invalidates the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class LossReadings:

@@ -47,7 +47,9 @@ case ${1:-} in
       --out "$results/full_$2_cuda.json"
     ;;
   "")
-    step 220 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider \
+    at_once=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)  # six at a time where pytest-xdist is there
+    # shellcheck disable=SC2086
+    step 220 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $at_once \
       tests/cupy_kernels/test_on_gpu.py tests/aquant_core/test_runtime.py tests/aquant_core/test_replay.py
     step 80 inference "$python" benchmarks/inference.py --out "$results/inference_cuda.json"
     step 90 kernels "$python" benchmarks/kernels.py --out "$results/kernels_cuda.json"

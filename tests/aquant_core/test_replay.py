@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, get_args
 
@@ -21,7 +23,7 @@ from aquant_core.methods import METHODS, Preset
 from aquant_core.model import QuantizedModel, quantize_to_nearest, run_float_block
 from aquant_core.partition import Block, partition
 from aquant_core.reconstruction import BlockHistory, BlockLearner, Schedule, reconstruct_block
-from aquant_core.replay import LossReadings
+from aquant_core.replay import LossReadings, Replay
 from cupy_kernels.ops import reference_only
 from cupy_kernels.specification import Bound
 
@@ -177,6 +179,22 @@ def test_parameters_and_loss_keep_their_addresses(method: Method) -> None:
     assert len(losses) == PRESET.iterations
 
 
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_learner_is_gone_when_nobody_holds_it(method: Method) -> None:
+    """Nothing in it leads back to it, so that its graphs' memory is free for the next block."""
+    model, block, cache = setting("convolutions")
+    learner = BlockLearner(model, block, cache, Schedule(METHODS[method], PRESET, BorderConfig()), torch.Generator())
+    learner._replay = Eager(learner._optimizer, torch.Generator())  # type: ignore[assignment]
+    learner.step(0)
+    gone = weakref.ref(learner)
+    gc.disable()
+    try:
+        del learner
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_losses_on_a_cpu_are_told_at_once_and_in_order() -> None:
     told: list[tuple[int, float]] = []
     loss = torch.zeros(())
@@ -202,15 +220,12 @@ def test_an_exception_of_the_told_ends_it() -> None:
 class Eager:
     """In place of ``Replay``: each iteration launched operation by operation."""
 
-    def __init__(
-        self, iterate: Callable[[bool], None], optimizer: torch.optim.Optimizer, generator: torch.Generator
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
         del optimizer, generator
-        self._iterate = iterate
 
-    def run(self, regularised: bool, phase: Hashable) -> None:
+    def run(self, iterate: Callable[[], None], phase: Hashable) -> None:
         del phase
-        self._iterate(regularised)
+        iterate()
 
 
 def learn_on_gpu(net: str, method: Method, border: BorderConfig) -> tuple[dict[str, Tensor], BlockHistory]:
@@ -251,6 +266,35 @@ def test_replayed_iterations_are_the_eager_ones(
             assert float((replayed[name] != wanted).float().mean()) < 0.01
         else:
             torch.testing.assert_close(replayed[name], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_becomes_garbage_during_a_capture_does_not_end_it() -> None:
+    """Python collects cycles when it likes; freeing another graph's memory then would invalidate the capture."""
+    parameter = torch.ones(8, device="cuda", requires_grad=True)
+    doomed = [cycle_with_a_graph() for _ in range(5)]
+
+    def iterate() -> None:
+        doomed.pop()
+        if gc.isenabled():
+            gc.collect()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    optimizer = torch.optim.Adam([parameter], lr=torch.tensor(0.5, device="cuda"), fused=True, capturable=True)
+    replay = Replay(optimizer, torch.Generator("cuda"))
+    for _ in range(2):
+        replay.run(iterate, "phase")
+    assert len(doomed) == 1  # three eager steps and one capture
+    torch.testing.assert_close(parameter.detach(), torch.zeros(8, device="cuda"), rtol=0, atol=1e-5)
+
+
+def cycle_with_a_graph() -> list[Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held: list[Any] = [graph, torch.ones(1 << 20, device="cuda")]
+    held.append(held)
+    return held
 
 
 @pytest.mark.gpu
