@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh --rehearse         each script on the CPU at toy sizes: that they run, not how fast
 #
 # Needs torch, torchvision, numpy, numba, cupy, safetensors, onnx, onnxruntime, pytest, pytest-timeout and pydantic; of
-# what Python lacks, WHEELS names a folder with wheels. COMMIT names the commit where there is no repository, RESULTS another
+# what Python lacks, WHEELS names a folder with wheels. COMMIT names the commit in place of the checkout's, RESULTS another
 # folder. A step that fails does not hinder the next; the last line names those that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -49,10 +49,10 @@ case ${1:-} in
   "")
     at_once=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)  # six at a time where pytest-xdist is there
     # shellcheck disable=SC2086
-    step 220 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $at_once \
+    step 180 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $at_once \
       tests/cupy_kernels/test_on_gpu.py tests/aquant_core/test_runtime.py tests/aquant_core/test_replay.py
     step 80 inference "$python" benchmarks/inference.py --out "$results/inference_cuda.json"
-    step 90 kernels "$python" benchmarks/kernels.py --out "$results/kernels_cuda.json"
+    step 130 kernels "$python" benchmarks/kernels.py --out "$results/kernels_cuda.json"
     step 80 reconstruction "$python" benchmarks/reconstruction.py --networks residual resnet18 --iterations 300 \
       --rounds 1 --variants aquant_no_border aquant --out "$results/reconstruction_cuda.json"
     ;;

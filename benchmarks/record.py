@@ -44,14 +44,13 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Of the checkout, marked where what is measured has changed since; without a repository, what ``COMMIT`` says."""
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if git.returncode == 0:
-            measured = ["git", "status", "--porcelain", "--", ":/aquant_core", ":/cupy_kernels"]
-            changed = subprocess.run(measured, capture_output=True, text=True, check=False).stdout.strip()
-            return git.stdout.strip() + (" with changes" if changed else "")
-    return os.environ.get("COMMIT", "")
+    """What ``COMMIT`` says, else of the checkout, marked where what is measured has changed since."""
+    if os.environ.get("COMMIT") or not shutil.which("git"):
+        return os.environ.get("COMMIT", "")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    measured = ["git", "status", "--porcelain", "--", ":/aquant_core", ":/cupy_kernels"]
+    changed = subprocess.run(measured, capture_output=True, text=True, check=False).stdout.strip()
+    return git.stdout.strip() + (" with changes" if changed else "")
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@
 #include "training.cuh"
 
 constexpr bool HELD = KEPT && FUSED;  // a window's values between the two passes over its positions
-constexpr int MOST_WARPS = 8;
+constexpr int MOST_WARPS = 4, THREADS = 32 * MOST_WARPS;
 constexpr int SUMS = 5;  // of b0, b1, b2, alpha and the tap
 
 __device__ constexpr bool wanted(int sum) {
@@ -22,20 +22,20 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums over the block of each position's quantities, in registers where KEPT, else in shared memory at once.
+// How many of the sums before this one are wanted, and how many are in all.
+__device__ constexpr int rank_of(int sum) { return sum == 0 ? 0 : rank_of(sum - 1) + wanted(sum - 1); }
+constexpr int WANTED = rank_of(SUMS);
+constexpr bool OWN = KEPT && WANTED > 0;
+
+// Sums over the block of each position's quantities. Where positions are few, each thread has its own until the end, in
+// shared memory: registers for them would halve the warps of a multiprocessor.
 struct PositionSums {
-  float kept[KEPT ? POSITIONS : 1][SUMS];
+  float (*own)[OWN ? WANTED : 1][THREADS];
   float (*shared)[POSITIONS][SUMS];  // by warp
 
-  __device__ __forceinline__ explicit PositionSums(float (*shared)[POSITIONS][SUMS]) : shared(shared) {
-#pragma unroll
-    for (int position = 0; position < (KEPT ? POSITIONS : 1); position++)
-#pragma unroll
-      for (int sum = 0; sum < SUMS; sum++) kept[position][sum] = 0.0f;
-  }
   __device__ __forceinline__ void add(int position, int sum, float value) {
-    if (KEPT)
-      kept[position][sum] += value;
+    if (OWN)
+      own[position][rank_of(sum)][threadIdx.x] += value;
     else
       add_to_shared(position, sum, value);
   }
@@ -44,10 +44,10 @@ struct PositionSums {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][position][sum] += value;
   }
   __device__ __forceinline__ void finish() {
-    if (KEPT) EACH_POSITION {
+    if (OWN) EACH_POSITION {
 #pragma unroll
         for (int sum = 0; sum < SUMS; sum++)
-          if (wanted(sum)) add_to_shared(position, sum, kept[position][sum]);
+          if (wanted(sum)) add_to_shared(position, sum, own[position][rank_of(sum)][threadIdx.x]);
       }
   }
 };
@@ -62,7 +62,7 @@ __device__ __forceinline__ float slope_of_shift(float v, float e) {
   return fabsf(v) <= 0.5f ? 1.0f : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     border_gradients(const float* __restrict__ grad,      // (N, C K, L), or (N, C, L) if SUMMED
                      const float* __restrict__ x,         // (N, C, H, W)
                      const float* __restrict__ scale,     // ()
@@ -77,6 +77,8 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
                      GEOMETRY, const float levels, const float zero_point) {
   __shared__ float shared_sums[MOST_WARPS][POSITIONS][SUMS];
   __shared__ double shared_of_scale[MOST_WARPS];
+  __shared__ float own_border[(BORDERED ? TERMS : 1) * POSITIONS], own_alpha[POSITIONS];
+  __shared__ float own_sums[OWN ? POSITIONS : 1][OWN ? WANTED : 1][THREADS];
 #ifdef CUDA_ON_CPU
   float* shared_map = (float*)emulator::dynamic_shared;
 #else
@@ -88,13 +90,19 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)
   float* map = SHARED_MAP ? shared_map : grad_x + plane * size;
   for (int i = threadIdx.x; i < size; i += blockDim.x) map[i] = 0.0f;
   for (int i = threadIdx.x; i < warps * POSITIONS * SUMS; i += blockDim.x) (&shared_sums[0][0][0])[i] = 0.0f;
+  if (BORDERED)
+    for (int i = threadIdx.x; i < TERMS * POSITIONS; i += blockDim.x)
+      own_border[i] = border[(i / POSITIONS * channels + channel) * POSITIONS + i % POSITIONS];
+  if (LEARNED_ALPHA)
+    for (int i = threadIdx.x; i < POSITIONS; i += blockDim.x) own_alpha[i] = alpha[channel * POSITIONS + i];
+  if (OWN)
+    for (int i = 0; i < POSITIONS * WANTED; i++) (&own_sums[0][0][0])[i * THREADS + threadIdx.x] = 0.0f;
   __syncthreads();
 
   const Grid grid(*scale, zero_point, levels);
-  const Coefficients coefficients{border + channel * POSITIONS, alpha + channel * POSITIONS,
-                                  (size_t)channels * POSITIONS};
+  const Coefficients coefficients{own_border, own_alpha, POSITIONS};  // registers are short
   const float a = ROUNDED ? 1.0f : *rounding;
-  PositionSums position_sums(shared_sums);
+  PositionSums position_sums{own_sums, shared_sums};
   double of_scale = 0.0;
 
   for (int first = 0; first < windows; first += blockDim.x) {

@@ -14,14 +14,22 @@ from cupy_kernels.specification import NUMBER_OF_BOUND, BorderSpecification, Win
 
 _SUMS = 5
 """Of b0, b1, b2, alpha and the tap, by position."""
-_SUMS_BYTES = 8 * 4 * _SUMS
-"""Of shared memory that a position's sums take in a block of 8 warps."""
+_THREADS = 128
+"""Of a block of the backward, at most."""
 
 MOST_POSITIONS = 256
 """Of a window; the sums of more of them would not fit into shared memory."""
 
 SHARED_MAP_BYTES = 96 << 10
-"""Up to here the plane of x's gradient is built in shared memory, with the sums: sm_80 and later grant 99 KiB."""
+"""Up to here the plane of x's gradient is built in shared memory, with what is static: sm_80 and later grant 99 KiB."""
+
+
+def static_bytes(positions: int) -> int:
+    """Shared memory that the backward takes beside that plane, at most: sums by warp and coefficients, and where
+    positions are few each thread's own sums.
+    """
+    by_thread = _THREADS if positions <= 9 else 0
+    return 4 * positions * (_SUMS * (_THREADS // 32 + by_thread) + 4)
 
 
 def border_constants(
@@ -109,7 +117,7 @@ def backward(
     of_scale = x.new_empty(images, channels, dtype=torch.float64)
     sums = x.new_empty(images, channels, window.positions, _SUMS)
     given = _given(rounding)
-    in_shared_memory = plane_bytes + window.positions * _SUMS_BYTES <= SHARED_MAP_BYTES
+    in_shared_memory = plane_bytes + static_bytes(window.positions) <= SHARED_MAP_BYTES
     constants = border_constants(border, alpha, window, spec) | {
         "ROUNDED": given is None,
         "SUMMED": taps is not None,
@@ -124,7 +132,7 @@ def backward(
         "border_gradients.cu",
         constants,
         (images * channels,),
-        min(32 * math.ceil(windows / 32), 256),
+        min(32 * math.ceil(windows / 32), _THREADS),
         [*tensors, *places, float(spec.levels), float(spec.zero_point)],
         plane_bytes if in_shared_memory else 0,
     )
