@@ -50,7 +50,8 @@ case ${1:-} in
     at_once=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)  # six at a time where pytest-xdist is there
     # shellcheck disable=SC2086
     step 180 tests "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $at_once \
-      tests/cupy_kernels/test_on_gpu.py tests/aquant_core/test_runtime.py tests/aquant_core/test_replay.py
+      tests/cupy_kernels/test_on_gpu.py tests/aquant_core/test_runtime.py tests/aquant_core/test_replay.py \
+      tests/aquant_core/test_pipeline_on_gpu.py
     step 80 inference "$python" benchmarks/inference.py --out "$results/inference_cuda.json"
     step 130 kernels "$python" benchmarks/kernels.py --out "$results/kernels_cuda.json"
     step 80 reconstruction "$python" benchmarks/reconstruction.py --networks residual resnet18 --iterations 300 \
