@@ -102,6 +102,21 @@ def dropping(network: str, seeds: tuple[int, ...]) -> Iterator[Cell]:
             yield Cell("dropping", network, "W2A2", method, seed, f"{method}, dropping", changes=changes)
 
 
+INVERTED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("linear border", {"border": {"form": "linear"}}, {}),
+    ("border's rate 5e-3", {}, {"border_rate": 5e-3}),
+    ("input and inside dropped", {}, {"settings": {"drop_input": 0.5, "drop_inside": 0.5}}),
+    ("a quarter of input and inside dropped", {}, {"settings": {"drop_input": 0.25, "drop_inside": 0.25}}),
+    ("1000 iterations", {"iterations": 1000}, {}),
+]
+
+
+def tried(bits: str) -> Iterator[Cell]:
+    """What might help where the border gains least."""
+    for variant, config, changes in INVERTED:
+        yield Cell("tried", "inverted_residual", bits, "aquant", 0, variant, config, "fast", changes)
+
+
 def activations_only(bits: str) -> Iterator[Cell]:
     """Tables 1 and 2: weights float."""
     for method in ("nearest", "a_rounding", "qdrop", "qdrop_refactored", "aquant_no_border", "aquant"):
@@ -129,6 +144,8 @@ def plan() -> list[Cell]:
     cells += [Cell("W2A2", "residual", "W2A2", "a_rounding")]
     for bits in ("W32A2", "W32A4"):
         cells += activations_only(bits)
+    for bits in ("W2A2", "W3A3"):
+        cells += tried(bits)
     for network in NETWORKS:
         cells += dropping(network, SEEDS)
     cells += ablations((0,))
