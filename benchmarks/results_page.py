@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import mean, stdev
 from typing import Any
 
@@ -53,7 +54,7 @@ def page(plan: list[Cell], results: Results) -> str:
     parts = [_HEAD, _effort(results)]
     for bits in ("W2A2", "W3A3"):
         parts += [f"## {bits}", _methods(plan, results, bits), _recovered(plan, results, bits)]
-    parts += ["## Is the order the paper's?", _order(plan, results), _WHERE_NOT]
+    parts += ["## Is the order the paper's?", _order(plan, results), _WHERE_NOT, _tried(plan, results)]
     parts += ["## Other widths, residual network, one seed", _one_seed(plan, results, ("W4A4", "W2A4"))]
     parts += [
         "## Activations only: weights float, residual network, one seed",
@@ -83,11 +84,12 @@ def _effort(results: Results) -> str:
     cells = list(results.cells.values())
     if not cells:
         return ""
+    devices = Counter(f"{cell['device']} with torch {cell['versions']['torch']}" for cell in cells)
     hours = sum(cell["seconds"] * cell["threads"] for cell in cells) / 3600
-    versions = cells[-1]["versions"]
+    shown = ", ".join(f"{count} on {device}" for device, count in devices.most_common())
     return (
-        f"{len(cells)} cells, {hours:.1f} core hours on {cells[-1]['device']} with torch {versions['torch']}, "
-        f"one thread a cell. `python benchmarks/accuracy.py --processes 2` goes on where it was stopped."
+        f"{len(cells)} cells ({shown}), {hours:.1f} core hours, one thread a cell on a CPU. "
+        "`python benchmarks/accuracy.py --processes 2` goes on where it was stopped."
     )
 
 
@@ -223,20 +225,33 @@ def _one_seed(plan: list[Cell], results: Results, widths: tuple[str, ...]) -> st
 
 
 def _ablations(plan: list[Cell], results: Results) -> str:
-    as_it_is = {r["cell"]["seed"]: r for r in _found(plan, results, "W2A2", "aquant", "residual")}
-    variants = list(dict.fromkeys(cell.variant for cell in plan if cell.section == "ablations"))
-    lines = [_row("changed", "top-1", "difference", "seeds"), _row(*["---"] * 4)]
-    lines.append(_row("nothing", _top1(list(as_it_is.values())), "", str(len(as_it_is))))
-    for variant in variants:
-        cells = [cell for cell in plan if (cell.section, cell.variant) == ("ablations", variant)]
-        found = {r["cell"]["seed"]: r for r in results.of(cells)}
+    lines = _changes(plan, results, "ablations", "residual", "W2A2")
+    return "\n".join([_row("changed", "top-1", "difference", "seeds"), _row(*["---"] * 4), *lines])
+
+
+def _tried(plan: list[Cell], results: Results) -> str:
+    lines = []
+    for bits in ("W2A2", "W3A3"):
+        changes = _changes(plan, results, "tried", "inverted_residual", bits)
+        lines += [line.replace("| ", f"| {bits} | ", 1) for line in changes]
+    head = "AQuant on the inverted residual network with one thing changed, on the same seeds:"
+    return "\n".join([head, "", _row("bits", "changed", "top-1", "difference", "seeds"), _row(*["---"] * 5), *lines])
+
+
+def _changes(plan: list[Cell], results: Results, section: str, network: str, bits: str) -> list[str]:
+    """A row for AQuant as it is and one for each variant of a section that is measured."""
+    as_it_is = {r["cell"]["seed"]: r for r in _found(plan, results, bits, "aquant", network)}
+    in_section = [cell for cell in plan if (cell.section, cell.network, cell.bits) == (section, network, bits)]
+    lines = [_row("nothing", _top1(list(as_it_is.values())), "", str(len(as_it_is)))]
+    for variant in dict.fromkeys(cell.variant for cell in in_section):
+        found = {r["cell"]["seed"]: r for r in results.of([cell for cell in in_section if cell.variant == variant])}
         seeds = sorted(found.keys() & as_it_is.keys())
         if not seeds:
             continue
         gain, half = difference([unpacked(found[s]) for s in seeds], [unpacked(as_it_is[s]) for s in seeds])
         top1 = _top1([found[s] for s in seeds])
         lines.append(_row(variant, top1, f"{100 * gain:+.2f} ± {100 * half:.2f}", str(len(seeds))))
-    return "\n".join(lines) if len(lines) > 3 else "Not measured yet."
+    return lines
 
 
 def _longer(plan: list[Cell], results: Results) -> str:
@@ -247,12 +262,20 @@ def _longer(plan: list[Cell], results: Results) -> str:
             cells = [cell for cell in plan if cell.section == section and cell.network == network]
             found = [(cell, result) for cell in cells for result in results.of([cell])]
             lines += [
-                _row(section, name, NAMES[cell.method], _top1([result]), f"{result['seconds'] / 60:.0f}")
+                _row(
+                    section,
+                    name,
+                    NAMES[cell.method],
+                    _top1([result]),
+                    f"{result['seconds'] / 60:.1f}",
+                    result["device"],
+                )
                 for cell, result in found
             ]
     if not lines:
         return "Not measured yet; see below."
-    return "\n".join([_row("run", "network", "method", "top-1 at W2A2", "minutes"), _row(*["---"] * 5), *lines])
+    head = _row("run", "network", "method", "top-1 at W2A2", "minutes", "on")
+    return "\n".join([head, _row(*["---"] * 6), *lines])
 
 
 def _waiting(plan: list[Cell], results: Results) -> str:
