@@ -56,6 +56,10 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="A queued job unannounced for this long is announced again.")
     ] = 15.0
     max_attempts: Annotated[int, Field(ge=1, description="How often a job whose worker died is tried.")] = 3
+    keep_seconds: Annotated[
+        float | None,
+        Field(gt=0, description="A job and its files are deleted this long after it ended; else kept until deleted."),
+    ] = None
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
     intake_seconds: Annotated[float, Field(gt=0, description="Wall clock of the upload check.")] = 600.0

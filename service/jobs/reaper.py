@@ -1,4 +1,6 @@
-"""Brings back what was lost: jobs of dead workers, messages the broker dropped, files that no job owns."""
+"""Brings back what was lost: jobs of dead workers, messages the broker dropped; deletes what is not to be kept:
+files that no job owns, and jobs that have been kept long enough.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts, blocks_prefix, job_prefix
+from service.jobs.errors import JobNotFoundError
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
@@ -22,6 +25,7 @@ log = logging.getLogger(__name__)
 ORPHAN_SECONDS = 24 * 3600.0
 """Files without a job are an upload under way until they are this old."""
 SWEEP_SECONDS = 3600.0
+EXPIRED_AT_A_TIME = 100
 
 
 def worker_lost(attempt: int) -> Problem:
@@ -66,6 +70,7 @@ class Reaper:
         """One look at everything that can be lost."""
         self.take_back_expired()
         self.announce_forgotten()
+        self.delete_expired()
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_SECONDS
             self.sweep_orphans()
@@ -93,6 +98,22 @@ class Reaper:
         if waiting and self._queue.depth() == 0:
             for job_id in waiting:
                 self._announce(job_id)
+
+    def delete_expired(self) -> None:
+        """Delete jobs that ended long enough ago, row first: files whose row is gone are swept at the latest."""
+        if self._settings.keep_seconds is None:
+            return
+        before = now() - timedelta(seconds=self._settings.keep_seconds)
+        with self._sessions() as session:
+            expired = JobRepository(session).ended_before(before, EXPIRED_AT_A_TIME)
+        for job_id in expired:
+            try:
+                with self._sessions.begin() as session:
+                    JobRepository(session).delete(job_id)
+            except JobNotFoundError:  # another reaper, or its user, was first
+                continue
+            self._artifacts.delete_prefix(job_prefix(job_id))
+            log.info("job %s has been kept for %.0f seconds and is deleted", job_id, self._settings.keep_seconds)
 
     def sweep_orphans(self) -> None:
         """Delete files of jobs that do not exist: a process died between writing files and row."""

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
-from service.jobs.states import HELD, JobState, sources
+from service.jobs.states import FINISHED, HELD, JobState, sources
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ class JobRepository:
             select(JobRecord.id, JobRecord.attempt).where(JobRecord.state.in_(HELD), JobRecord.lease_expires_at < now())
         )
         return [(job_id, attempt) for job_id, attempt in rows]
+
+    def ended_before(self, before: datetime, limit: int) -> list[str]:
+        """Jobs that ended before this time, the oldest first, no more than ``limit``."""
+        query = select(JobRecord.id).where(JobRecord.state.in_(FINISHED), JobRecord.finished_at < before)
+        return list(self._session.scalars(query.order_by(JobRecord.finished_at).limit(limit)))
 
     def unannounced_since(self, before: datetime) -> list[str]:
         """Queued jobs of which the broker was last told before this time, or never."""

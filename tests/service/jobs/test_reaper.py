@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts, blocks_prefix
+from service.artifacts import Artifacts, blocks_prefix, job_prefix
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.reaper import ORPHAN_SECONDS, Reaper
 from service.jobs.repository import JobRepository, now
@@ -76,6 +76,34 @@ def test_files_without_a_job_are_swept_when_old(reaper: Reaper, settings: Settin
             os.utime(folder / name, (old, old))
     reaper.round()
     assert sorted(path.name for path in folder.iterdir()) == sorted([known, "fresh"])
+
+
+def test_jobs_are_deleted_once_they_have_been_kept_long_enough(
+    settings: Settings,
+    sessions: Sessions,
+    queue: JobQueue,
+    artifacts: Artifacts,
+    add_job: Callable[[], str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    jobs = {name: add_job() for name in ("old", "recent", "running", "queued")}
+    for name, job_id in jobs.items():
+        artifacts.put_file(f"{job_prefix(job_id)}model", tmp_path / "file")
+        if name == "queued":
+            continue
+        with sessions.begin() as session:
+            claim = JobRepository(session).claim(job_id, "worker", timedelta(seconds=60))
+            assert claim is not None
+            if name != "running":
+                JobRepository(session).finish(claim, JobState.FAILED, "intake")
+    with sessions.begin() as session:
+        JobRepository(session).get(jobs["old"]).finished_at = now() - timedelta(seconds=3601)
+    for keep, left in ((None, set(jobs)), (3600.0, set(jobs) - {"old"})):
+        Reaper(settings.model_copy(update={"keep_seconds": keep}), sessions, queue, artifacts).round()
+        with sessions() as session:
+            assert JobRepository(session).existing(jobs.values()) == {jobs[name] for name in left}
+        assert {name for name, job_id in jobs.items() if artifacts.keys(job_prefix(job_id))} == left
 
 
 def test_absent_broker_is_named(settings: Settings) -> None:
