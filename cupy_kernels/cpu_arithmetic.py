@@ -17,7 +17,19 @@ inline: Any = partial(njit, error_model="numpy", inline="always")
 # float32: a Python float would lift the whole expression to float64.
 _ZERO = np.float32(0)
 _MAGIC = np.float32(1.5 * 2**23)
-_MOST_THREADS = numba.get_num_threads()
+
+
+def _most_threads() -> int:
+    """Numba's threads. Starting them sets OpenMP's number, which is torch's, too, to all cores: torch gets its own
+    back, or what it computes would depend on whether a loop has run before.
+    """
+    of_torch = torch.get_num_threads()
+    most = numba.get_num_threads()
+    torch.set_num_threads(of_torch)
+    return int(most)
+
+
+_MOST_THREADS = _most_threads()
 
 
 def use_torchs_threads() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -171,3 +174,12 @@ def test_a_map_that_is_not_contiguous() -> None:
     assert torch.equal(cpu_loops.forward(x, *static), expected)
     grad = torch.randn(expected.shape[::-1], generator=g).permute(2, 1, 0)
     assert_close(cpu_loops.backward(grad, x, *static)[0], reference.backward(grad, x, *static)[0], "x")
+
+
+def test_torch_keeps_its_threads_when_the_loops_start_theirs() -> None:
+    """In a fresh process: the first run of a program would else give other bytes than the second."""
+    program = (
+        "import torch; torch.set_num_threads(1); import cupy_kernels.cpu_loops; print(torch.__config__.parallel_info())"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"omp_get_max_threads\(\) : (\d+)", printed) == ["1"]
