@@ -178,8 +178,12 @@ def test_a_map_that_is_not_contiguous() -> None:
 
 def test_torch_keeps_its_threads_when_the_loops_start_theirs() -> None:
     """In a fresh process: the first run of a program would else give other bytes than the second."""
-    program = (
-        "import torch; torch.set_num_threads(1); import cupy_kernels.cpu_loops; print(torch.__config__.parallel_info())"
-    )
+    program = """
+import torch
+torch.set_num_threads(1)
+torch.__config__.parallel_info()  # which sets OpenMP's number, as the first operation does
+import cupy_kernels.cpu_loops
+print(torch.__config__.parallel_info())
+"""
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert re.findall(r"omp_get_max_threads\(\) : (\d+)", printed) == ["1"]
