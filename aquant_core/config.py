@@ -115,7 +115,8 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
     "paper": _protocol("high", "high", "high", "low", "float"),
     # QDrop (Wei et al. 2022), its published code: images stay float; outputs are quantized, shortcuts with them.
     "qdrop": _protocol("high", "float", "high", "low", "low"),
-    # BRECQ (Li et al. 2021), its published code: the first layer's output has 8 bits, the last layer's input has not.
+    # BRECQ (Li et al. 2021), its published code for ResNets: the first layer's output has 8 bits, the last layer's
+    # input has not.
     "brecq": _protocol("high", "float", "low", "high", "low"),
     "all-low-bit": _protocol("low", "low", "low", "low", "low"),
 }

@@ -97,10 +97,24 @@ def read_images(path: str | Path, what: Kind = "calibration") -> ImageSet:
             tensor = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     else:
         raise ImageSetError(f"The {what} images are {images.dtype}, not uint8 or float.", _REMEDY)
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum())
-        raise NonFiniteError(f"{bad} of {len(tensor)} {what} images hold NaN or infinity.", "Remove them.")
+    check_values(tensor, what)
     return ImageSet(tensor, _read_labels(arrays.get("labels"), len(tensor), what))
+
+
+def check_values(images: Tensor, what: Kind) -> None:
+    """Whether there are images, and of finite values.
+
+    Raises:
+        ImageSetError: there are none, or they are not (N, C, H, W) of float32.
+        NonFiniteError: NaN or infinity.
+    """
+    if images.dim() != 4 or images.numel() == 0 or images.dtype != torch.float32:
+        raise ImageSetError(
+            f"The {what} images are {images.dtype} of shape {tuple(images.shape)}, not float32 (N, C, H, W).", _REMEDY
+        )
+    if not torch.isfinite(images).all():
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+        raise NonFiniteError(f"{bad} of {len(images)} {what} images hold NaN or infinity.", "Remove them.")
 
 
 def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | None:

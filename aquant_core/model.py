@@ -120,11 +120,14 @@ def bits_of_layers(graph: CapturedModel, config: QuantizationConfig) -> dict[str
 
 
 def bits_of_marks(graph: CapturedModel, bits: dict[str, tuple[int, int]], config: QuantizationConfig) -> dict[str, int]:
-    """A marked value has the most bits of the layers that read it; a shortcut has the network's."""
+    """A marked value has the most bits of the layers that read it. A shortcut, which none reads, has the network's, or
+    what the layers beside it have if that is more: where outputs are quantized both are one value.
+    """
     result = {}
     for mark in (node for node in graph.nodes if node.op == QUANTIZE):
         read_at = [bits[name][1] for name in layers_behind(graph, mark)]
-        result[mark.name] = max(read_at, default=config.activation_bits)
+        beside = [bits[node.name][1] for node in graph.layers if node.inputs[0] == mark.inputs[0]]
+        result[mark.name] = max(read_at or [config.activation_bits, *beside])
     return result
 
 

@@ -21,7 +21,7 @@ from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
 from aquant_core.forecast import forecast, together
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, Kind, check_images, read_images
+from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
 from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
 from aquant_core.partition import partition
@@ -79,6 +79,7 @@ def quantize(
 
     Raises:
         AQuantError: one of its subclasses, before any reconstruction.
+        pydantic.ValidationError: ``config`` is a dict with a key or value that a ``QuantizationConfig`` does not take.
     """
     started = time.monotonic()
     tell = on_progress or (lambda _: None)
@@ -192,12 +193,13 @@ def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
     if isinstance(images, str | Path):
         return read_images(images, what)
     if isinstance(images, Tensor):
-        return ImageSet(images)
+        images = ImageSet(images)
     if not isinstance(images, ImageSet):
         raise ImageSetError(
             f"The {what} images are a {type(images).__name__}.",
             "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
         )
+    check_values(images.images, what)
     return images
 
 

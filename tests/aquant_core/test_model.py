@@ -157,10 +157,20 @@ def test_of_several_readers_the_one_with_most_bits_decides(of_left: int, of_asid
     assert bits_of_outputs(layers=layers)["r0.quantize"] == most
 
 
-def test_a_shortcut_has_the_networks_bits() -> None:
+def test_a_shortcut_has_the_networks_bits_unless_a_layer_beside_it_has_more() -> None:
     graph = mark_shortcuts(GRAPH)
-    config = configured(protocol="brecq", first_last_bits=6, layers={"left": {"activation_bits": 5}})
-    assert bits_of_marks(graph, bits_of_layers(graph, config), config) == {"pool.quantize": 3}
+    for left, width in ((2, 3), (5, 5)):
+        config = configured(layers={"left": {"activation_bits": left}})
+        assert bits_of_marks(graph, bits_of_layers(graph, config), config) == {"pool.quantize": width}
+
+
+def test_a_shortcut_beside_layers_of_more_bits_has_theirs() -> None:
+    """BRECQ's published code quantizes the first layer's output to 8 bits, whoever reads it."""
+    graph = graph_of(conv("a", INPUT), conv("b", "a"), Node("sum", "add", ("b", "a")), conv("c", "sum"))
+    for protocol, width in (("brecq", 8), ("paper", 3), ("all-low-bit", 3)):
+        config = configured(protocol=protocol, protocol_switches={"shortcut": "low"})
+        marked_graph = mark_shortcuts(graph)
+        assert set(bits_of_marks(marked_graph, bits_of_layers(marked_graph, config), config).values()) == {width}
 
 
 def marks(method: Any, **changes: Any) -> list[str]:

@@ -504,3 +504,20 @@ def test_a_value_made_in_a_block_without_layers_has_a_learned_step_too() -> None
     by_layer = {layer["name"]: layer for layer in learned["layers"]}
     assert by_layer["second"]["activation_bits"] == 2
     assert by_layer["second"]["input_from"] in steps[1]
+
+
+@pytest.mark.parametrize("what", ["calibration", "evaluation"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([7]), torch.nan), NonFiniteError, "1 of 20 {what} images hold NaN"),
+        (lambda x: x[:0], ImageSetError, r"The {what} images are torch.float32 of shape \(0, 3, 12, 12\)"),
+        (lambda x: x[0], ImageSetError, r"shape \(3, 12, 12\), not float32 \(N, C, H, W\)"),
+        (lambda x: x.double(), ImageSetError, "torch.float64"),
+    ],
+)
+def test_bad_tensors_are_named(what: str, spoil: Any, error: type[Exception], words: str) -> None:
+    images = {"calibration": CALIBRATION.images, "evaluation": EVALUATION.images}
+    images[what] = spoil(EVALUATION.images)
+    with pytest.raises(error, match=words.format(what=what)):
+        quantize(make_net(), images["calibration"], {"weight_bits": 2, "activation_bits": 2}, images["evaluation"])
