@@ -89,6 +89,12 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         StackError: a part did not come up.
     """
     require_extras()
+    from service.tracing import TelemetryMissingError, require  # of the server's extra, as is what it imports
+
+    try:
+        require(settings)
+    except TelemetryMissingError as error:
+        raise MissingExtraError(str(error)) from error
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -192,7 +198,7 @@ def _worker_command() -> list[str]:
         "--hostname",
         f"aquant-{os.getpid()}@%h",
     ]
-    return [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", *options]
+    return [sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", *options]
 
 
 def _start(name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]) -> Component:

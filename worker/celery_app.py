@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -10,7 +9,9 @@ from celery.signals import setup_logging, worker_init, worker_process_init, work
 
 from service.jobs.database import migrate
 from service.jobs.queue import make_celery
+from service.logs import set_up_logging
 from service.settings import Settings
+from service.tracing import require
 from worker.presence import Presence
 from worker.workplace import clear_abandoned
 
@@ -19,6 +20,7 @@ from worker.workplace import clear_abandoned
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings = Settings()
+require(settings)  # or the child would fail at its first job
 app = make_celery(settings)
 app.conf.include = ["worker.tasks"]
 
@@ -26,8 +28,7 @@ _presence = Presence(settings)
 
 
 def _set_up_logging(**_: Any) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    set_up_logging(settings)
 
 
 def _prepare(**_: Any) -> None:
