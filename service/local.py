@@ -193,8 +193,8 @@ def _worker_command() -> list[str]:
     options = [
         "--without-gossip",
         "--without-mingle",
-        "--loglevel",
-        "INFO",
+        "--loglevel",  # of what Celery writes past the log
+        "WARNING",
         "--hostname",
         f"aquant-{os.getpid()}@%h",
     ]

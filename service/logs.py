@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from opentelemetry import trace
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from service.settings import Settings
@@ -48,12 +49,13 @@ def set_up_logging(settings: Settings) -> None:
     handler.addFilter(_add_fields)
     if settings.log_format == "json":
         names = {"levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter(JSON, rename_fields=names, timestamp=True))
+        reserved = [*RESERVED_ATTRS, "color_message"]  # uvicorn's, the same again with colours
+        handler.setFormatter(JsonFormatter(JSON, rename_fields=names, timestamp=True, reserved_attrs=reserved))
         logging.captureWarnings(True)
-        for name in ("uvicorn", "uvicorn.access"):  # it has set up its own text by now
-            server = logging.getLogger(name)
-            server.handlers.clear()
-            server.propagate = True
+        for server in map(logging.getLogger, ("uvicorn", "uvicorn.access")):
+            if server.handlers:  # it has set up its own text by now; without, it was told to be silent
+                server.handlers.clear()
+                server.propagate = True
     else:
         handler.setFormatter(logging.Formatter(TEXT))
     logging.root.addHandler(handler)

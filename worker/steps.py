@@ -41,7 +41,8 @@ class Steps:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._block_span.end()  # cut off, so its duration says nothing
+        if self._block is not None:
+            self._block_span.end()  # cut off, so its duration says nothing
         self._stage_span.end()
 
     def see(self, progress: Progress) -> None:

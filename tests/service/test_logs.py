@@ -81,5 +81,6 @@ def test_text_is_for_people(tmp_path: Path) -> None:
 
 
 def test_the_web_servers_lines_are_json_too(tmp_path: Path) -> None:
-    messages = [json.loads(line)["message"] for line in lines_of(SERVER, tmp_path, "json")]
-    assert any("startup complete" in message for message in messages)
+    lines = [json.loads(line) for line in lines_of(SERVER, tmp_path, "json")]
+    assert any("startup complete" in line["message"] for line in lines)
+    assert not any("color_message" in line for line in lines)

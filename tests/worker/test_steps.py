@@ -41,6 +41,12 @@ def tracer(exporter: InMemorySpanExporter) -> Iterator[Tracer]:
     provider.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_ended_twice(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert caplog.records == []  # OpenTelemetry warns, but does not raise
+
+
 def go_through(tracer: Tracer, reports: list[Progress], error: type[Exception] | None = None) -> Blocks:
     blocks: Blocks = []
     with tracer.start_as_current_span("attempt", record_exception=False), Steps(
