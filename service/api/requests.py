@@ -17,8 +17,8 @@ from service.logs import about
 REQUEST_ID = "X-Request-ID"
 _SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-CLIENT_GONE = 499
-"""Status, for the metric alone, of a request whose client did not wait for the answer (as nginx has it)."""
+CUT_OFF = 499
+"""Status, for the metric alone, of a request that got no answer: it was cut off (nginx's number for that)."""
 
 
 class EveryRequest:
@@ -58,7 +58,7 @@ class EveryRequest:
             finally:
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 seconds = time.perf_counter() - started
-                self._seconds.labels(method, route_of(scope), str(status or CLIENT_GONE)).observe(seconds)
+                self._seconds.labels(method, route_of(scope), str(status or CUT_OFF)).observe(seconds)
 
 
 def route_of(scope: Scope) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.tallies import BOUNDS, Tallies
@@ -32,6 +33,20 @@ def test_writers_at_the_same_time_lose_nothing(sessions: sessionmaker[Session]) 
     with sessions() as session:
         (series,) = Tallies(session).all()
     assert (series.count, series.seconds) == (40, 80.0)
+
+
+def test_a_row_that_another_process_puts_in_meanwhile_is_used(
+    sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sessions.begin() as session:
+        Tallies(session).add("retry")
+    really, answers = Tallies._increase, iter([False])  # not there yet, says the first look
+    monkeypatch.setattr(Tallies, "_increase", lambda *of: next(answers, None) is None and really(*of))
+    with sessions.begin() as session:
+        Tallies(session).add("retry")
+    with sessions() as session:
+        (series,) = Tallies(session).all()
+    assert series.count == 2
 
 
 def test_what_is_rolled_back_is_not_counted(sessions: sessionmaker[Session]) -> None:
