@@ -47,7 +47,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt \
-        "$(echo /opt/metadata/*.whl)[server]" \
+        "$(echo /opt/metadata/*.whl)[server,telemetry]" \
     && /opt/tools/bin/pip --python /opt/venv/bin/python uninstall -y aquant-service
 
 FROM builder AS worker-dependencies
@@ -56,7 +56,7 @@ ARG PIP_EXTRA_INDEX_URL
 ARG EXTRAS=worker
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt \
-        "$(echo /opt/metadata/*.whl)[${EXTRAS}]" \
+        "$(echo /opt/metadata/*.whl)[${EXTRAS},telemetry]" \
     && /opt/tools/bin/pip --python /opt/venv/bin/python uninstall -y aquant-service
 
 # ---- What runs: one fixed user, who owns the data and nothing else. The root may be mounted read-only if /tmp
@@ -101,14 +101,7 @@ ENV NUMBA_CACHE_DIR=/data/work/cache/numba \
     REMAP_SIGTERM=SIGQUIT
 USER 10001:10001
 # Its sign of life in the database, which it writes busy or not.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 CMD python -c "import socket; \
-    from sqlalchemy.orm import Session; \
-    from service.jobs.database import open_database; \
-    from service.jobs.repository import JobRepository, now; \
-    from service.settings import Settings; \
-    me = socket.gethostname() + ':'; \
-    workers = JobRepository(Session(open_database(Settings()))).workers(); \
-    seen = [(now() - worker.seen_at).total_seconds() for worker in workers if worker.name.startswith(me)]; \
-    raise SystemExit(not any(age < 20 for age in seen))"
-CMD ["python", "-m", "celery", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle", \
-     "--loglevel", "INFO"]
+HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 CMD python -m worker.health
+# Celery's level is that of what it writes past the log.
+CMD ["python", "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle", \
+     "--loglevel", "WARNING"]

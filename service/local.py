@@ -89,6 +89,12 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         StackError: a part did not come up.
     """
     require_extras()
+    from service.tracing import TelemetryMissingError, require  # of the server's extra, as is what it imports
+
+    try:
+        require(settings)
+    except TelemetryMissingError as error:
+        raise MissingExtraError(str(error)) from error
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -196,12 +202,12 @@ def worker_command(name: str) -> list[str]:
     options = [
         "--without-gossip",
         "--without-mingle",
-        "--loglevel",
-        "INFO",
+        "--loglevel",  # of what Celery writes past the log
+        "WARNING",
         "--hostname",
         f"{name}@%h",
     ]
-    return [sys.executable, "-m", "celery", "-A", "worker.celery_app", "worker", *options]
+    return [sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", *options]
 
 
 def start_component(

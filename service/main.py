@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -11,21 +10,25 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import sessionmaker
 
-from service.api import health, jobs, problems, results
+from service.api import health, jobs, metrics, problems, results
 from service.api.deps import Parts
+from service.api.requests import EveryRequest
 from service.artifacts import Artifacts
 from service.jobs.database import migrate, open_database
 from service.jobs.queue import JobQueue
 from service.jobs.reaper import Reaper
 from service.jobs.submission import Submitter
+from service.logs import set_up_logging
 from service.settings import Settings
+from service.tracing import shut_down, tracer_provider
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application, with its own thread that looks after lost jobs."""
     settings = settings or Settings()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    set_up_logging(settings)
+    tracing = tracer_provider(settings, "aquant-api")
+    registry, request_seconds = metrics.new_registry()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,23 +37,37 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         sessions = sessionmaker(engine, expire_on_commit=False)
         artifacts, queue = Artifacts(settings.artifacts), JobQueue(settings)
         submitter = Submitter(settings, sessions, queue, artifacts)
-        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter)
+        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry)
+        collector = metrics.ServiceCollector(sessions, queue)
+        registry.register(collector)
         reaper = Reaper(settings, sessions, queue, artifacts)
         reaper.start()
         try:
             yield
         finally:
             await run_in_threadpool(reaper.stop)
+            registry.unregister(collector)
             queue.close()
             engine.dispose()
+            await run_in_threadpool(shut_down, tracing)
 
     app = FastAPI(
         title="AQuant service",
         version=version("aquant-service"),
         description="Post-training quantization of CNNs to 2-8 bits with an adaptive rounding border.",
         lifespan=lifespan,
+        # FastAPI's own; of its metrics and logs /metrics and the log lines have more.
+        telemetry={
+            "tracer_provider": tracing,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+            "exclude": lambda scope: scope["path"].startswith(("/health/", "/metrics")),
+        },
     )
     problems.install(app)
-    for router in (jobs.router, results.router, health.router):
+    app.add_middleware(EveryRequest, seconds=request_seconds)
+    for router in (jobs.router, results.router, health.router, metrics.router):
         app.include_router(router)
     return app

@@ -40,6 +40,17 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
 
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="Log lines for people, or for machines: one JSON object each.")
+    ] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            validation_alias=AliasChoices("AQUANT_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+            description="Where traces are sent (OTLP over HTTP, as http://host:4318); without it there are none.",
+        ),
+    ] = None
+
     max_upload_bytes: Annotated[int, Field(ge=1, description="Largest single upload.")] = 4 * GIB
     max_config_bytes: Annotated[int, Field(ge=1, description="Largest `config` field.")] = MIB
     max_unpacked_bytes: Annotated[

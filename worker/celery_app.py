@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
-from celery.signals import setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
+from celery.signals import celeryd_init, setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
+from celery.utils.log import get_multiprocessing_logger
 
 from service.jobs.database import migrate
 from service.jobs.queue import make_celery
+from service.logs import set_up_logging
 from service.settings import Settings
+from service.tracing import require
 from worker.presence import Presence
 from worker.workplace import clear_abandoned
 
@@ -19,6 +21,7 @@ from worker.workplace import clear_abandoned
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings = Settings()
+require(settings)  # or the child would fail at its first job
 app = make_celery(settings)
 app.conf.include = ["worker.tasks"]
 
@@ -26,8 +29,8 @@ _presence = Presence(settings)
 
 
 def _set_up_logging(**_: Any) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    set_up_logging(settings)
+    get_multiprocessing_logger().propagate = True  # it tells of children that were killed
 
 
 def _prepare(**_: Any) -> None:
@@ -47,7 +50,8 @@ def _begin_child(**_: Any) -> None:
     clear_abandoned(settings.work_dir)
 
 
-setup_logging.connect(_set_up_logging)  # having a receiver also keeps Celery's own set-up out
+celeryd_init.connect(_set_up_logging)  # before Celery warns of anything
+setup_logging.connect(_set_up_logging)  # in the child; having a receiver also keeps Celery's own set-up out
 worker_init.connect(_prepare)
 worker_ready.connect(_appear)
 worker_shutdown.connect(_disappear)

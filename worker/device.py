@@ -1,7 +1,8 @@
-"""Which device and how much memory a worker's jobs get; imports torch, so only for the process that computes."""
+"""Which device and how much memory a worker's jobs get, and take; imports torch: only for the process that computes."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -21,3 +22,26 @@ def resources(settings: Settings, folder: Path) -> Resources:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return Resources(torch.device(name), settings.device_memory_bytes, settings.memory_bytes, folder)
+
+
+class GpuMemory:
+    """What a GPU's memory is taken by, asked for from the thread that computes, between two of its steps."""
+
+    EVERY_SECONDS = 1.0
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._read: dict[str, int] | None = None
+        self._next = 0.0
+
+    def read(self) -> dict[str, int] | None:
+        """The bytes in use, in all, and at the most by tensors since the core began to count; None without a GPU.
+
+        The driver is asked once a second; in between it is what it was.
+        """
+        if self._device.type == "cuda" and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.EVERY_SECONDS
+            free, total = torch.cuda.mem_get_info(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._read = {"used_bytes": total - free, "total_bytes": total, "peak_bytes": peak}
+        return self._read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import math
 import threading
@@ -53,9 +54,11 @@ class Lease:
         self._renewed = time.monotonic()
         self._progress = Progress(stage="intake")
         self._forecast: dict[str, Any] | None = None
+        self._gpu: dict[str, int] | None = None
         self._stop: JobStopError | None = None
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"lease-{claim.job_id}", daemon=True)
+        within = contextvars.copy_context()  # its log lines are about the job, too
+        self._thread = threading.Thread(target=within.run, args=(self._run,), name=f"lease-{claim.job_id}", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -67,12 +70,13 @@ class Lease:
         self._done.set()
         self._thread.join()
 
-    def report(self, progress: Progress) -> None:
-        """Note how far the work is.
+    def report(self, progress: Progress, gpu: dict[str, int] | None = None) -> None:
+        """Note how far the work is, and what it takes of a GPU's memory.
 
         Raises:
             JobStopError: the work must stop here.
         """
+        self._gpu = gpu
         self._forecast = progress.forecast or self._forecast  # told once, shown to the end
         self._progress = progress
         self.check()
@@ -129,6 +133,7 @@ class Lease:
             "loss": _finite(progress.loss),
             "eta_seconds": _finite(progress.eta_seconds),
             "forecast": self._forecast,
+            **({} if self._gpu is None else {"gpu": self._gpu}),
         }
 
 

@@ -8,6 +8,8 @@ import secrets
 from datetime import timedelta
 from pathlib import Path
 
+from opentelemetry.trace import SpanKind, StatusCode
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
@@ -20,13 +22,17 @@ from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.schemas import Problem
 from service.jobs.states import FINISHED, JobState
+from service.jobs.tallies import Tallies
+from service.logs import about
 from service.settings import Settings
+from service.tracing import context_of, send, tracer_provider
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
 from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
 from worker.presence import worker_name
 from worker.reporting import publish
+from worker.steps import Steps
 from worker.workplace import workplace
 
 log = logging.getLogger(__name__)
@@ -40,32 +46,57 @@ class JobRunner:
         self._sessions: sessionmaker[Session] = sessionmaker(open_database(settings), expire_on_commit=False)
         self._artifacts = Artifacts(settings.artifacts)
         self._queue = JobQueue(settings)
+        self._tracing = tracer_provider(settings, "aquant-worker")
+        self._tracer = self._tracing.get_tracer("aquant")
 
     def run(self, job_id: str) -> JobState | None:
         """Try a job; the state it was left in, or None if it was not to be had or was lost on the way."""
-        owner = f"{worker_name()}:{secrets.token_hex(4)}"
-        with self._sessions.begin() as session:
-            repository = JobRepository(session)
-            claim = repository.claim(job_id, owner, timedelta(seconds=self._settings.lease_seconds))
+        with about(job_id=job_id):
+            claim = self._claim(job_id)
             if claim is None:
                 log.info("job %s is not there to be taken", job_id)
                 return None
-            job = repository.get(job_id)
-        log.info("job %s: attempt %d begins", job_id, claim.attempt)
+            with self._sessions() as session:
+                job = JobRepository(session).get(job_id)
+            origin = job.origin or {}
+            with about(attempt=claim.attempt, request_id=origin.get("request_id")):
+                try:
+                    with self._tracer.start_as_current_span(
+                        "job attempt",
+                        context_of(origin),
+                        SpanKind.CONSUMER,
+                        {"aquant.job.id": job_id, "aquant.job.attempt": claim.attempt},
+                    ) as span:
+                        state = self._run(job, claim)
+                        span.set_attribute("aquant.job.state", state or "lost")
+                        if state in (None, JobState.QUEUED, JobState.FAILED):
+                            span.set_status(StatusCode.ERROR)
+                finally:
+                    send(self._tracing)  # the process may be ended before its thread gets to it
+            return state
+
+    def _claim(self, job_id: str) -> Claim | None:
+        owner = f"{worker_name()}:{secrets.token_hex(4)}"
+        with self._sessions.begin() as session:
+            return JobRepository(session).claim(job_id, owner, timedelta(seconds=self._settings.lease_seconds))
+
+    def _run(self, job: JobRecord, claim: Claim) -> JobState | None:
+        log.info("job %s: attempt %d begins", job.id, claim.attempt)
         with (
-            workplace(self._settings.work_dir, job_id, claim.attempt) as folder,
+            workplace(self._settings.work_dir, job.id, claim.attempt) as folder,
             Lease(claim, self._settings, self._sessions) as lease,
+            Steps(self._tracer, self._count_block) as steps,
         ):
-            state = self._attempt(job, claim, lease, folder)
+            state = self._attempt(job, claim, lease, steps, folder)
         if state in FINISHED:
-            self._artifacts.delete_prefix(blocks_prefix(job_id))
-        log.info("job %s: attempt %d ends: %s", job_id, claim.attempt, state or "lost to another attempt")
+            self._artifacts.delete_prefix(blocks_prefix(job.id))
+        log.info("job %s: attempt %d ends: %s", job.id, claim.attempt, state or "lost to another attempt")
         return state
 
-    def _attempt(self, job: JobRecord, claim: Claim, lease: Lease, folder: Path) -> JobState | None:
+    def _attempt(self, job: JobRecord, claim: Claim, lease: Lease, steps: Steps, folder: Path) -> JobState | None:
         """One attempt; every way it can end is a row's state, none an exception."""
         try:
-            return self._quantize(job, claim, lease, folder)
+            return self._quantize(job, claim, lease, steps, folder)
         except LeaseLostError:
             return None
         except JobCancelledError:
@@ -91,16 +122,20 @@ class JobRunner:
             )
         return self._finish(lease, JobState.FAILED, problem)
 
-    def _quantize(self, job: JobRecord, claim: Claim, lease: Lease, folder: Path) -> JobState | None:
+    def _quantize(self, job: JobRecord, claim: Claim, lease: Lease, steps: Steps, folder: Path) -> JobState | None:
         intake = admit(job, lease, folder, self._artifacts, self._settings)
         blocks = BlockStore(job.id, folder / "blocks", self._artifacts)
         blocks.fetch()
 
         from aquant_core import CapturedModel, ImageSet, quantize  # torch: only in the child, only from here on
-        from worker.device import resources
+        from worker.device import GpuMemory, resources
+
+        granted = resources(self._settings, folder)
+        memory = GpuMemory(granted.device)
 
         def report(progress: Progress) -> None:
-            lease.report(progress)
+            steps.see(progress)
+            lease.report(progress, memory.read())
             blocks.store()
 
         result = quantize(
@@ -109,11 +144,18 @@ class JobRunner:
             QuantizationConfig.model_validate(job.config),
             evaluation=None if intake.evaluation is None else ImageSet.load(intake.evaluation),
             on_progress=report,
-            resources=resources(self._settings, folder),
+            resources=granted,
             resume_from=blocks.folder,
         )
-        lease.report(Progress(stage="save"))
+        report(Progress(stage="save"))
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
+
+    def _count_block(self, method: str, seconds: float) -> None:
+        try:
+            with self._sessions.begin() as session:
+                Tallies(session).add("block", seconds, method)
+        except SQLAlchemyError:
+            log.exception("the database did not take a block's duration")  # no reason to lose the job
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
         with self._sessions.begin() as session:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
@@ -23,6 +24,7 @@ class Parts:
     artifacts: Artifacts
     queue: JobQueue
     submitter: Submitter
+    registry: CollectorRegistry
 
 
 def _parts(request: Request) -> Parts:

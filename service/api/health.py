@@ -13,8 +13,6 @@ from service.jobs.schemas import Health, WorkerInfo
 
 router = APIRouter(prefix="/health", tags=["health"])
 
-WORKER_ALIVE_SECONDS = 20.0
-
 
 @router.get("/live")
 def live() -> Health:
@@ -54,9 +52,13 @@ def ready(parts: PartsDep) -> Response:
 
 
 def _workers(parts: Parts) -> list[WorkerInfo]:
+    at = now()
     with parts.sessions() as session:
-        ages = {worker.name: (now() - worker.seen_at).total_seconds() for worker in JobRepository(session).workers()}
-    return [
-        WorkerInfo(name=name, seconds_since_seen=round(age, 1), alive=age < WORKER_ALIVE_SECONDS)
-        for name, age in ages.items()
-    ]
+        return [
+            WorkerInfo(
+                name=worker.name,
+                seconds_since_seen=round((at - worker.seen_at).total_seconds(), 1),
+                alive=worker.alive(at),
+            )
+            for worker in JobRepository(session).workers()
+        ]

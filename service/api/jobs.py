@@ -21,6 +21,7 @@ from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, JobPage
 from service.jobs.states import JobState
 from service.jobs.submission import UPLOADS, Submission, UploadName, new_job_id, read_config
+from service.logs import about
 
 router = APIRouter(tags=["jobs"], responses={"4XX": RESPONSE, 422: RESPONSE})
 
@@ -65,7 +66,8 @@ async def submit(request: Request, response: Response, parts: PartsDep) -> JobDo
     form = FormStream(request.stream(), request.headers.get("content-type"))
     try:
         submission = await _receive(job_id, form, parts)
-        await run_in_threadpool(parts.submitter.submit, submission)
+        with about(job_id=job_id):
+            await run_in_threadpool(parts.submitter.submit, submission)
     except BaseException as error:
         # Whatever went wrong, a lost connection included: nothing of it stays in the store.
         await asyncio.shield(run_in_threadpool(parts.artifacts.delete_prefix, job_prefix(job_id)))

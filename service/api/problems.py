@@ -61,21 +61,25 @@ def problem(
     return Response(document.model_dump_json(), status, headers, MEDIA_TYPE)
 
 
-async def _service_error(_request: Request, error: Exception) -> Response:
+async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
+    _note(request, error.code, error.detail)
     return problem(STATUS[error.code], error.code, error.detail, error.remedy)
 
 
-async def _invalid_request(_request: Request, error: Exception) -> Response:
+async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = [f"{' '.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
-    return problem(422, "request_invalid", f"{'; '.join(faults)}.", "See /docs for the parameters of this call.")
+    detail = f"{'; '.join(faults)}."
+    _note(request, "request_invalid", detail)
+    return problem(422, "request_invalid", detail, "See /docs for the parameters of this call.")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code, remedy = REMEDIES.get(error.status_code, ("http_error", "See /docs."))
     detail = f"{request.method} {request.url.path}: {error.detail}."
+    _note(request, code, detail)
     return problem(error.status_code, code, detail, remedy, dict(error.headers or {}))
 
 
@@ -83,20 +87,24 @@ async def _disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
+def unforeseen(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed for a reason nobody thought of."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return problem(
         500,
         "internal_error",
         "The service met an error it did not expect.",
-        "Try again; if it stays, report it with the time of this call: the server's log has the details.",
+        "Try again; if it stays, report it with this answer's X-Request-ID: the server's log has the details.",
     )
 
 
+def _note(request: Request, code: str, detail: str) -> None:
+    log.info("%s %s is answered with %s: %s", request.method, request.url.path, code, detail)
+
+
 def install(app: FastAPI) -> None:
-    """Make the application answer with problems."""
+    """Make the application answer with problems; those of unforeseen errors are ``requests.EveryRequest``'s."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _disconnected)
-    app.add_exception_handler(Exception, _unforeseen)

@@ -18,6 +18,7 @@ from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
 from service.jobs.states import FINISHED, JobState
+from service.logs import about
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,13 @@ class Reaper:
             with self._sessions.begin() as session:
                 error = worker_lost(attempt).model_dump()
                 state = JobRepository(session).take_back(job_id, attempt, self._settings.max_attempts, error)
-            if state is not None:
-                log.warning("job %s lost its worker in attempt %d and is now %s", job_id, attempt, state)
-            if state == JobState.QUEUED:
-                self._announce(job_id)
-            elif state in FINISHED:
-                self._artifacts.delete_prefix(blocks_prefix(job_id))
+            with about(job_id=job_id, attempt=attempt):
+                if state is not None:
+                    log.warning("job %s lost its worker in attempt %d and is now %s", job_id, attempt, state)
+                if state == JobState.QUEUED:
+                    self._announce(job_id)
+                elif state in FINISHED:
+                    self._artifacts.delete_prefix(blocks_prefix(job_id))
 
     def announce_forgotten(self) -> None:
         """Announce anew what is queued in the database while the broker has no message waiting."""
@@ -121,7 +123,8 @@ class Reaper:
         with self._sessions() as session:
             known = JobRepository(session).existing(old)
         for name in set(old) - known:
-            log.info("deleting the files of %s: there is no such job", name)
+            with about(job_id=name):
+                log.info("deleting the files of %s: there is no such job", name)
             self._artifacts.delete_prefix(job_prefix(name))
 
     def _announce(self, job_id: str) -> None:

@@ -10,6 +10,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from service.jobs.states import JobState
 
+ALIVE_SECONDS = 20.0
+"""A worker that has not signed in for this long is not counted on; it does so every few seconds."""
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware UTC time; SQLite would drop the zone on the way."""
@@ -68,6 +71,9 @@ class JobRecord(Record):
     nudged_at: Mapped[datetime | None]
     """When the broker was last told of this job."""
 
+    origin: Mapped[dict[str, Any] | None]
+    """What brought the job: ``request_id``, and the context of the request's trace."""
+
     attempt: Mapped[int] = mapped_column(default=0)
     """How often the job was claimed; also the fence that an outlived worker's writes fail at."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
@@ -102,3 +108,21 @@ class WorkerRecord(Record):
 
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     seen_at: Mapped[datetime]
+
+    def alive(self, at: datetime) -> bool:
+        """Whether it has signed in lately."""
+        return (at - self.seen_at).total_seconds() < ALIVE_SECONDS
+
+
+class TallyRecord(Record):
+    """Part of a counter or a histogram: how many observations fell into one bucket, and the seconds of all of them."""
+
+    __tablename__ = "tallies"
+
+    what: Mapped[str] = mapped_column(String(16), primary_key=True)
+    method: Mapped[str] = mapped_column(String(32), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16), primary_key=True)
+    bucket: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """Its upper bound, as Prometheus writes it."""
+    count: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float]

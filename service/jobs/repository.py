@@ -14,11 +14,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
 from sqlalchemy.engine import CursorResult
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, lazyload
 
+from aquant_core.config import QuantizationConfig
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
 from service.jobs.states import FINISHED, HELD, JobState, sources
+from service.jobs.tallies import Tallies
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Claim:
     job_id: str
     attempt: int
     owner: str
+
+
+@dataclass(frozen=True)
+class StateCount:
+    """How many jobs are in a state, and since when the oldest of them is here."""
+
+    state: JobState
+    count: int
+    oldest: datetime
 
 
 @dataclass(frozen=True)
@@ -249,15 +260,39 @@ class JobRepository:
         """Every worker known."""
         return self._session.scalars(select(WorkerRecord).order_by(WorkerRecord.name)).all()
 
+    # What is told of all jobs together.
+
+    def counts(self) -> list[StateCount]:
+        """The jobs in each state that has any; read from the index alone."""
+        rows = self._session.execute(
+            select(JobRecord.state, func.count(), func.min(JobRecord.created_at)).group_by(JobRecord.state)
+        )
+        return [StateCount(*row) for row in rows]
+
+    def held(self) -> Sequence[JobRecord]:
+        """The jobs that workers are at: few, one for each worker."""
+        return self._session.scalars(
+            select(JobRecord).where(JobRecord.state.in_(HELD)).options(lazyload(JobRecord.artifacts))
+        ).all()
+
     def _move(self, target: JobState, *where: ColumnElement[bool], **values: Any) -> bool:
-        """Enter ``target`` if the job is in a state that may; whether it did."""
-        result = self._session.execute(
+        """Enter ``target`` if the job is in a state that may; whether it did. What is worth a tally gets it."""
+        moved = self._session.execute(
             update(JobRecord)
             .where(JobRecord.state.in_(sources(target)), *where)
             .values(state=target, **values)
+            .returning(JobRecord.attempt, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
             .execution_options(synchronize_session=False)
-        )
-        return _changed(result)
+        ).one_or_none()
+        if moved is None:
+            return False
+        attempt, config, started_at, finished_at = moved
+        if target == JobState.RUNNING and attempt > 1:
+            Tallies(self._session).add("retry")
+        if target in FINISHED and started_at is not None:
+            method = QuantizationConfig.model_validate(config).method
+            Tallies(self._session).add("job", (finished_at - started_at).total_seconds(), method, target)
+        return True
 
 
 def _ending() -> dict[str, Any]:

@@ -20,7 +20,9 @@ from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
+from service.logs import what_about
 from service.settings import Settings
+from service.tracing import carrier
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +87,12 @@ class Submitter:
                     state=JobState.QUEUED,
                     config=config.model_dump(mode="json"),
                     created_at=now(),
+                    origin={"request_id": what_about().get("request_id"), **carrier()},
                     attempt=0,
                     artifacts=records,
                 )
             )
+        log.info("job %s is queued", submission.job_id)
         try:
             self._queue.announce(submission.job_id)
         except QueueDownError as error:

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -49,18 +50,19 @@ def seconds(duration: str) -> float:
     return float(match[1])
 
 
-def script_of(service: dict[str, Any]) -> str:
-    """The Python program that is a service's health check."""
-    *start, script = service["healthcheck"]["test"]
-    assert start == ["CMD", "python", "-c"]
-    return str(script)
+def health_check(service: dict[str, Any]) -> list[str]:
+    """What a service's health check gives to Python."""
+    start, python, *arguments = service["healthcheck"]["test"]
+    assert (start, python) == ("CMD", "python")
+    return arguments
 
 
-def exit_status(script: str, **environment: str) -> int:
+def exit_status(arguments: list[str], **environment: str) -> int:
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         timeout=60,
         check=False,
@@ -84,7 +86,7 @@ def test_every_setting_is_one_that_is_read_and_valid(
         bare_environment.setenv(variable, value)
     settings = Settings()
     assert settings.broker_url == "redis://redis:6379/0"
-    expected = Settings(data_dir=Path("/data"), broker_url=settings.broker_url)
+    expected = Settings(data_dir=Path("/data"), broker_url=settings.broker_url, log_format="json")
     assert settings == expected  # what is left empty is the default
 
 
@@ -188,10 +190,11 @@ def test_the_broker_keeps_every_message(services: dict[str, Any]) -> None:
 def test_the_images_own_health_check_is_the_same(name: str, services: dict[str, Any], dockerfile: Any) -> None:
     check = services[name]["healthcheck"]
     options, _, command = dockerfile.stages[services[name]["build"]["target"]].all("HEALTHCHECK")[0].partition(" CMD ")
-    match = re.fullmatch(r'python -c "(.*)"', command)
-    assert match
-    lines = [line.strip() for line in match[1].split(";")]
-    assert lines == script_of(services[name]).splitlines()
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    assert [re.sub(r";\s+", "\n", part) for part in arguments] == [
+        part.rstrip("\n") for part in health_check(services[name])
+    ]
     assert dict(re.findall(r"--([\w-]+)=(\w+)", options)) == {
         key.replace("_", "-"): str(value) for key, value in check.items() if key != "test"
     }
@@ -206,12 +209,12 @@ def test_the_api_is_healthy_when_it_is_ready(status: int, expected: int, service
 
         def log_message(self, *_: object) -> None: ...
 
-    script = script_of(services["api"])
+    option, script = health_check(services["api"])
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            found = exit_status(script.replace("8000", str(server.server_port)))
+            found = exit_status([option, script.replace("8000", str(server.server_port))])
         finally:
             server.shutdown()
             thread.join()
@@ -219,13 +222,12 @@ def test_the_api_is_healthy_when_it_is_ready(status: int, expected: int, service
 
 
 def test_a_worker_is_healthy_while_it_signs_in(services: dict[str, Any], tmp_path: Path) -> None:
-    script = script_of(services["worker"])
     settings = Settings(data_dir=tmp_path)
     migrate(settings)
     engine = open_database(settings)
 
     def status() -> int:
-        return exit_status(script, AQUANT_DATA_DIR=str(tmp_path), AQUANT_DATABASE_URL="")
+        return exit_status(health_check(services["worker"]), AQUANT_DATA_DIR=str(tmp_path), AQUANT_DATABASE_URL="")
 
     def sign_in(host: str) -> None:
         with Session(engine) as session, session.begin():

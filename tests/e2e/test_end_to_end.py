@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from otlp_receiver import Receiver, Span, otlp_receiver
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.client import Client, ServiceProblemError
 from service.jobs.schemas import JobDocument
@@ -30,7 +34,14 @@ PATIENCE = 240.0
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def receiver() -> Iterator[Receiver]:
+    """Where the stack sends its traces."""
+    with otlp_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Stack]:
     if not MODEL.exists():
         pytest.skip(f"{MODEL} has not been trained yet")
     settings = Settings(
@@ -40,6 +51,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         lease_seconds=4,
         reaper_seconds=0.5,
         job_seconds=PATIENCE,
+        log_format="json",
+        otlp_endpoint=receiver.url,
     )
     with local_stack(settings) as stack:
         yield stack
@@ -135,9 +148,87 @@ def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
     assert digest.hexdigest() == client.report(job.id)["digests"]["logits"]
 
 
+def lines_of(stack: Stack, name: str) -> list[dict[str, Any]]:
+    """What a part of the stack has logged; each line is JSON."""
+    log = next(part.log for part in stack.components if part.name == name)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_log_lines_tell_their_job(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
+    job, _ = finished
+    accepted = next(line for line in lines_of(stack, "api") if line.get("job_id") == job.id)
+    assert (accepted["level"], accepted["logger"]) == ("INFO", "service.jobs.submission")
+    first, last = (f"job {job.id}: attempt 1 {what}" for what in ("begins", "ends: succeeded"))
+    deadline = time.monotonic() + 30  # the row is finished a little before the worker says so
+    while last not in (messages := [line["message"] for line in lines_of(stack, "worker")]):
+        assert time.monotonic() < deadline, messages
+        time.sleep(0.1)
+    lines = lines_of(stack, "worker")[messages.index(first) : messages.index(last) + 1]
+    about = {"job_id": job.id, "attempt": 1, "request_id": accepted["request_id"], "trace_id": accepted["trace_id"]}
+    assert all(about.items() <= line.items() for line in lines if not line["logger"].startswith("celery"))
+
+
+def test_trace_goes_from_the_request_to_the_blocks(
+    receiver: Receiver, finished: tuple[JobDocument, list[JobDocument]]
+) -> None:
+    job, seen = finished
+
+    def of_job(spans: list[Span]) -> Span | None:
+        return next((span for span in spans if span.attributes.get("aquant.job.id") == job.id), None)
+
+    attempt = of_job(receiver.wait(lambda spans: of_job(spans) is not None))
+    assert attempt is not None
+    whole = receiver.wait(lambda spans: any(span.id == attempt.parent for span in spans))
+    (request,) = (span for span in whole if span.id == attempt.parent)
+    assert (request.name, request.service, request.parent) == ("POST /jobs", "aquant-api", "")
+    assert (attempt.name, attempt.service, attempt.failed) == ("job attempt", "aquant-worker", False)
+    assert attempt.trace == request.trace
+    assert attempt.attributes["aquant.job.state"] == "succeeded"
+    stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
+    assert [span.name for span in stages] == [
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+    ]  # fmt: skip
+    reconstruct = next(span for span in stages if span.name == "reconstruct")
+    blocks = [span for span in whole if span.parent == reconstruct.id]
+    count = max(one.progress.blocks for one in seen)
+    assert sorted((span.attributes["aquant.method"], span.attributes["aquant.block"]) for span in blocks) == [
+        (method, number) for method in ("aquant", "qdrop") for number in range(1, count + 1)
+    ]
+    assert all(reconstruct.start <= span.start <= span.end <= reconstruct.end for span in blocks)
+
+
+def test_metrics_count_what_the_worker_did(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
+    job, seen = finished
+    assert job.finished_at is not None
+    assert job.started_at is not None
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(httpx.get(f"{stack.url}/metrics").text)
+        for sample in family.samples
+    }
+    # The first job of the stack, and not the last.
+    assert found["aquant_job_duration_seconds_count", "aquant", "succeeded"] >= 1
+    assert (
+        found["aquant_job_duration_seconds_sum", "aquant", "succeeded"]
+        >= (job.finished_at - job.started_at).total_seconds()
+    )
+    blocks = max(one.progress.blocks for one in seen)
+    assert found["aquant_block_duration_seconds_count", "qdrop"] == blocks  # no other job compares
+    assert found["aquant_block_duration_seconds_count", "aquant"] >= blocks
+    assert found["aquant_workers_alive",] == 1
+
+
+def left_in(folder: Path) -> list[Path]:
+    """What the worker does not clear away once it is done: a row is finished a little before its files are gone."""
+    deadline = time.monotonic() + 10
+    while (left := list(folder.glob("*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
 def test_nothing_is_left_in_the_work_folder(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
     assert finished[0].finished
-    assert list((stack.data_dir / "work").iterdir()) == []
+    assert left_in(stack.data_dir / "work") == []
 
 
 def npz(**arrays: Any) -> bytes:
@@ -254,15 +345,16 @@ def test_job_of_a_killed_worker_is_run_again(client: Client, stack: Stack) -> No
     until(client, job.id, lambda now: now.progress.block == 2)
     worker_child(stack).kill()
     again = until(client, job.id, lambda now: now.attempt == 2 and now.stage == "reconstruct")
+    assert "aquant_job_retries_total 1.0" in httpx.get(f"{stack.url}/metrics").text
     assert again.state == JobState.RUNNING
     assert again.progress.block >= 2  # the first was kept
     assert again.progress.forecast is not None
     assert len(again.progress.forecast.blocks) >= again.progress.blocks
     client.cancel(job.id)
     assert client.wait(job.id, PATIENCE).state == JobState.CANCELLED
-    assert not (stack.data_dir / "artifacts/jobs" / job.id / "blocks").exists()
+    assert left_in(stack.data_dir / "artifacts/jobs" / job.id / "blocks") == []
     assert client.wait(client.submit(MODEL, CALIBRATION, CONFIG).id, PATIENCE).state == JobState.SUCCEEDED
-    assert list((stack.data_dir / "work").iterdir()) == []
+    assert left_in(stack.data_dir / "work") == []
 
 
 def test_job_whose_workers_all_die_fails_with_a_reason(client: Client, stack: Stack) -> None:
@@ -274,6 +366,10 @@ def test_job_whose_workers_all_die_fails_with_a_reason(client: Client, stack: St
     assert ended.state == JobState.FAILED
     assert ended.error is not None
     assert ended.error.code == "worker_lost"
+    lost = [line for line in lines_of(stack, "worker") if "signal 9" in line["message"]]
+    assert {line["level"] for line in lost} == {"ERROR"}
+    taken_back = [line for line in lines_of(stack, "api") if line["logger"] == "service.jobs.reaper"]
+    assert {(line["job_id"], line["attempt"]) for line in taken_back} >= {(job.id, 3)}
 
 
 def test_no_part_outlives_the_stack(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.progress import Progress
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository, now
+from service.logs import about, what_about
 from service.settings import Settings
 from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease, LeaseLostError
 
@@ -53,6 +54,39 @@ def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions
         }  # fmt: skip
         assert job.lease_expires_at is not None
         assert job.lease_expires_at > now() + timedelta(seconds=20)
+
+
+def test_gpu_memory_reaches_the_row_where_there_is_one(
+    settings: Settings, sessions: Sessions, claimed: Claimed
+) -> None:
+    gpu = {"used_bytes": 2, "total_bytes": 3, "peak_bytes": 1}
+
+    def shown() -> bool:
+        with sessions() as session:
+            return (JobRepository(session).get("job").progress or {}).get("gpu") == gpu
+
+    with Lease(claimed(), settings, sessions) as lease:
+        deadline = time.monotonic() + 20
+        while not shown():
+            assert time.monotonic() < deadline
+            lease.report(AT_WORK, gpu)
+
+
+def test_the_lease_logs_about_its_job(
+    settings: Settings, sessions: Sessions, claimed: Claimed, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[dict[str, object]] = []
+    caplog.handler.addFilter(lambda _: seen.append(dict(what_about())) or True)
+    claim = claimed()
+    with sessions() as session:
+        session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO hidden")
+        session.commit()
+    with about(job_id="job", attempt=1), Lease(claim, settings, sessions):
+        deadline = time.monotonic() + 20
+        while not seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert seen[0] == {"job_id": "job", "attempt": 1}
 
 
 def test_cancel_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
