@@ -8,7 +8,8 @@ from typing import Any
 
 from celery.signals import setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
 
-from service.jobs.database import migrate
+from service.artifacts import ArtifactsDownError, UnsupportedStoreError, open_artifacts
+from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
 from service.jobs.queue import make_celery
 from service.settings import Settings
 from worker.presence import Presence
@@ -31,7 +32,11 @@ def _set_up_logging(**_: Any) -> None:
 
 
 def _prepare(**_: Any) -> None:
-    migrate(settings)
+    try:
+        open_artifacts(settings.artifacts).check()
+        migrate(settings)
+    except (ArtifactsDownError, UnsupportedStoreError, DatabaseUnusableError, UnsupportedDatabaseError) as error:
+        raise SystemExit(str(error)) from error  # of other exceptions Celery makes a line in the log, and goes on
 
 
 def _appear(**_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
-from service.artifacts import Artifacts, blocks_prefix
-from service.jobs.database import open_database
+from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
@@ -31,6 +32,16 @@ from worker.workplace import workplace
 
 log = logging.getLogger(__name__)
 
+STORE_POLL_SECONDS = 5.0
+"""How often a worker asks whether the artifact store is back."""
+
+
+STORE_LOST = Problem.of_job(
+    "artifacts_unavailable",
+    "The store of the service's files did not answer, each time the job was tried.",
+    "Submit it again once the service is well; its operator finds the reason in the worker's log.",
+)
+
 
 class JobRunner:
     """Runs jobs one after another, with the parts they share."""
@@ -38,11 +49,21 @@ class JobRunner:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sessions: sessionmaker[Session] = sessionmaker(open_database(settings), expire_on_commit=False)
-        self._artifacts = Artifacts(settings.artifacts)
+        self._artifacts = open_artifacts(settings.artifacts)
         self._queue = JobQueue(settings)
 
     def run(self, job_id: str) -> JobState | None:
-        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way."""
+        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way.
+
+        Without a database its row stays as it is, for the reaper: queued, or under a lease that runs out.
+        """
+        try:
+            return self._run(job_id)
+        except DATABASE_DOWN as error:
+            log.warning("job %s waits for the database and will be tried again: %s", job_id, error)
+            return None
+
+    def _run(self, job_id: str) -> JobState | None:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
         with self._sessions.begin() as session:
             repository = JobRepository(session)
@@ -58,14 +79,19 @@ class JobRunner:
         ):
             state = self._attempt(job, claim, lease, folder)
         if state in FINISHED:
-            self._artifacts.delete_prefix(blocks_prefix(job_id))
+            self._artifacts.discard(blocks_prefix(job_id))
         log.info("job %s: attempt %d ends: %s", job_id, claim.attempt, state or "lost to another attempt")
         return state
 
     def _attempt(self, job: JobRecord, claim: Claim, lease: Lease, folder: Path) -> JobState | None:
-        """One attempt; every way it can end is a row's state, none an exception."""
+        """One attempt; every way it can end is a row's state, none an exception but a database that is down."""
         try:
-            return self._quantize(job, claim, lease, folder)
+            try:
+                return self._quantize(job, claim, lease, folder)
+            except ArtifactsDownError as error:
+                log.warning("job %s: %s", job.id, error)
+                self._wait_for_artifacts(lease)
+                return self._give_back(claim, STORE_LOST)
         except LeaseLostError:
             return None
         except JobCancelledError:
@@ -82,6 +108,8 @@ class JobRunner:
             problem = error.problem
         except AQuantError as error:
             problem = Problem.of_job(error.code, error.detail, error.remedy)
+        except DATABASE_DOWN:
+            raise
         except Exception as error:
             log.exception("job %s failed", job.id)
             problem = Problem.of_job(
@@ -114,6 +142,19 @@ class JobRunner:
         )
         lease.report(Progress(stage="save"))
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
+
+    def _wait_for_artifacts(self, lease: Lease) -> None:
+        """Return when the store answers again: until then no attempt at any job would do better.
+
+        Raises:
+            JobStopError: the job must stop meanwhile.
+        """
+        while True:
+            lease.check()
+            try:
+                return self._artifacts.check()
+            except ArtifactsDownError:
+                time.sleep(STORE_POLL_SECONDS)
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
         with self._sessions.begin() as session:

@@ -10,7 +10,8 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts, blocks_prefix, job_prefix
+from service.artifacts import Artifacts, ArtifactsDownError, blocks_prefix, job_prefix
+from service.jobs.database import DATABASE_DOWN
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
@@ -59,6 +60,10 @@ class Reaper:
                 self.round()
             except QueueDownError as error:
                 log.warning("%s Queued jobs wait until it is back.", error)
+            except ArtifactsDownError as error:
+                log.warning("%s", error)
+            except DATABASE_DOWN as error:
+                log.warning("the reaper waits for the database: %s", error)
             except (SQLAlchemyError, OSError):
                 log.exception("a round of the reaper failed; the next one tries again")
 
@@ -83,7 +88,7 @@ class Reaper:
             if state == JobState.QUEUED:
                 self._announce(job_id)
             elif state in FINISHED:
-                self._artifacts.delete_prefix(blocks_prefix(job_id))
+                self._artifacts.discard(blocks_prefix(job_id))
 
     def announce_forgotten(self) -> None:
         """Announce anew what is queued in the database while the broker has no message waiting."""
@@ -96,12 +101,14 @@ class Reaper:
 
     def sweep_orphans(self) -> None:
         """Delete files of jobs that do not exist: a process died between writing files and row."""
-        old = [name for name, at in self._artifacts.folders("jobs") if at < time.time() - ORPHAN_SECONDS]
+        names = self._artifacts.folders("jobs")
         with self._sessions() as session:
-            known = JobRepository(session).existing(old)
-        for name in set(old) - known:
-            log.info("deleting the files of %s: there is no such job", name)
-            self._artifacts.delete_prefix(job_prefix(name))
+            known = JobRepository(session).existing(names)
+        for name in set(names) - known:
+            at = self._artifacts.written_at(job_prefix(name))
+            if at is not None and at < time.time() - ORPHAN_SECONDS:
+                log.info("deleting the files of %s: there is no such job", name)
+                self._artifacts.delete_prefix(job_prefix(name))
 
     def _announce(self, job_id: str) -> None:
         self._queue.announce(job_id)
