@@ -70,10 +70,10 @@ def migrate(settings: Settings) -> None:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     except DATABASE_DOWN as error:
+        reason = " ".join(str(error.orig if isinstance(error, OperationalError) else error).split()).rstrip(".?")
         raise DatabaseUnusableError(
-            f"The database {engine.url.render_as_string(hide_password=True)} cannot be used: "
-            f"{str(error.orig if isinstance(error, OperationalError) else error).strip()}. Check AQUANT_DATABASE_URL, "
-            "and that the server runs and has this database and user."
+            f"The database {engine.url.render_as_string(hide_password=True)} cannot be used: {reason}. "
+            "Check AQUANT_DATABASE_URL, and that the server runs and has this database and user."
         ) from error
     finally:
         engine.dispose()

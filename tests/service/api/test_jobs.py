@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from httpx import Client, Response
+from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts, blocks_prefix
@@ -20,6 +21,8 @@ from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 from service.main import create_app
 from service.settings import Settings
+
+in_a_folder = pytest.mark.parametrize("storage", STORES[:1], indirect=True)  # decided before a store is asked
 
 Submit = Callable[..., Response]
 BITS = {"weight_bits": 2, "activation_bits": 2}
@@ -124,6 +127,7 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
     assert submit(model=state_dict, config={**BITS, "architecture": "resnet18"}).status_code == 202
 
 
+@in_a_folder
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "words"),
     [

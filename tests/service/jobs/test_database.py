@@ -106,9 +106,9 @@ def test_url_may_say_otherwise_how_to_connect(settings: Settings, engine: Engine
 
 
 @on_postgresql
-def test_a_migration_waits_for_that_of_another_machine(settings: Settings, tmp_path: Path) -> None:
+def test_a_migration_waits_for_that_of_another_machine(settings: Settings, engine: Engine, tmp_path: Path) -> None:
     elsewhere = settings.model_copy(update={"data_dir": tmp_path / "elsewhere"})  # no lock file in common
-    with _alone(open_database(settings), settings) as connection, ThreadPoolExecutor(1) as pool:
+    with _alone(engine, settings) as connection, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(migrate, elsewhere)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.5)
