@@ -72,8 +72,7 @@ class JobRepository:
             query = query.where(JobRecord.state == state)
         if cursor is not None:
             created_at, job_id = _read_cursor(cursor)
-            # With the columns' own types: PostgreSQL would take a time without its zone otherwise.
-            last = tuple_(literal(created_at, JobRecord.created_at.type), literal(job_id, JobRecord.id.type))
+            last = tuple_(literal(created_at), literal(job_id, JobRecord.id.type))
             query = query.where(tuple_(JobRecord.created_at, JobRecord.id) < last)
         jobs = self._session.scalars(query).all()
         more = len(jobs) > limit
@@ -109,7 +108,7 @@ class JobRepository:
             attempt=JobRecord.attempt + 1,
             lease_owner=owner,
             lease_expires_at=at + lease,
-            started_at=func.coalesce(JobRecord.started_at, literal(at, JobRecord.started_at.type)),
+            started_at=func.coalesce(JobRecord.started_at, at),
             stage="intake",
             progress=None,
         )
@@ -184,7 +183,7 @@ class JobRepository:
             .where(JobRecord.id == job_id, JobRecord.state.in_((JobState.QUEUED, JobState.RUNNING)))
             .values(
                 state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
-                finished_at=case((queued, literal(now(), JobRecord.finished_at.type))),
+                finished_at=case((queued, now())),
             )
             .execution_options(synchronize_session=False)
         )

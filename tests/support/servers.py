@@ -41,7 +41,7 @@ OWNER = "nobody"
 
 
 class PostgreSQL:
-    """A running server that trusts everybody; its sessions are in India's time zone, half an hour off all others."""
+    """A running server that trusts everybody; its sessions are in a zone that has an hour twice a year."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -123,7 +123,7 @@ def postgresql() -> Iterator[PostgreSQL | str]:
         ]
         subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder)
         (port,) = _free_ports(1)
-        options = ["-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off", "-c", "timezone=Asia/Kolkata"]
+        options = ["-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off", "-c", "timezone=Europe/Berlin"]
         server = PostgreSQL(port)
 
         def answers() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from servers import DATABASES
@@ -237,6 +237,21 @@ def test_a_workers_signs_of_life(sessions: Sessions) -> None:
         JobRepository(session).note_worker("a", MINUTE)
     with sessions() as session:
         assert [worker.name for worker in JobRepository(session).workers()] == ["a"]
+
+
+def test_pages_are_complete_when_the_clocks_are_put_back(sessions: Sessions, add_job: AddJob) -> None:
+    jobs = [add_job() for _ in range(4)]
+    first = datetime(2026, 10, 25, 0, 15, tzinfo=UTC)  # 2:15 in Berlin, as an hour later
+    with sessions.begin() as session:
+        for number, job_id in enumerate(jobs):
+            session.get_one(JobRecord, job_id).created_at = first + number * timedelta(minutes=30)
+    paged: list[str] = []
+    with sessions() as session:
+        page = JobRepository(session).page(1)
+        while page.cursor is not None:
+            paged += [job.id for job in page.jobs]
+            page = JobRepository(session).page(1, page.cursor)
+    assert [*paged, *(job.id for job in page.jobs)] == jobs[::-1]
 
 
 def test_queue_position(sessions: Sessions, add_job: AddJob) -> None:
