@@ -168,12 +168,14 @@ def test_a_job_waits_for_the_store_and_is_tried_again(
         try:
             artifacts.get_bytes("jobs/job/model")
         finally:
-            threading.Timer(0.3, store.open).start()
+            back.start()
 
+    back = threading.Timer(0.5, store.open)
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
     assert make_runner(settings, read)(job_id) == JobState.QUEUED
-    artifacts.check()  # it came back first
+    assert not back.is_alive()  # not before the store was back
+    artifacts.check()
     assert shown(sessions, job_id).attempt == 2
 
 
@@ -187,6 +189,7 @@ def test_a_job_that_waits_for_the_store_can_be_cancelled(
             JobRepository(session).cancel(job_id)
         artifacts.get_bytes("jobs/job/model")
 
+    back = threading.Timer(0.5, store.open)
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
     assert make_runner(settings, read)(job_id) == JobState.CANCELLED
