@@ -156,8 +156,8 @@ def s3() -> Iterator[S3 | str]:
         (folder / "s3.json").write_text(json.dumps({"identities": [user]}))
         options = {name: str(port) for name, port in ports.items()}
         options |= {"dir": place, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": str(folder / "s3.json")}
-        options |= {"s3": "true", "s3.iam": "false", "s3.port.iceberg": "0", "volume.max": "50"}
-        options |= {"master.volumeSizeLimitMB": "128", "s3.autoCreateBucket": "true"}
+        options |= {"s3": "true", "s3.iam": "false", "s3.port.iceberg": "0", "s3.port.lance": "0"}
+        options |= {"master.volumeSizeLimitMB": "128", "volume.max": "50", "s3.autoCreateBucket": "true"}
         argv = [str(program), "server", *(f"-{option}={value}" for option, value in options.items())]
         with _running(argv, folder, lambda: _takes_an_object(server)):
             yield server

@@ -189,7 +189,6 @@ def test_a_job_that_waits_for_the_store_can_be_cancelled(
             JobRepository(session).cancel(job_id)
         artifacts.get_bytes("jobs/job/model")
 
-    back = threading.Timer(0.5, store.open)
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
     assert make_runner(settings, read)(job_id) == JobState.CANCELLED
