@@ -42,7 +42,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from supervised import Part, SupervisedStack, supervised
 
-from service.artifacts import Artifacts, job_prefix
+from service.artifacts import job_prefix, open_artifacts
 from service.client import Client, ServiceProblemError, ServiceUnreachableError
 from service.jobs.database import open_database
 from service.jobs.records import JobRecord
@@ -314,7 +314,7 @@ def submit(stack: SupervisedStack, calibration: Path) -> str:
 def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -> dict[str, Any]:
     """What went wrong, job by job, and how long things took."""
     wrong = [f"{job} ended and changed again" for job in watch.changed_after_end]
-    artifacts, attempts = Artifacts(stack.settings.artifacts), []
+    artifacts, attempts = open_artifacts(stack.settings.artifacts), []
     engine = open_database(stack.settings)
     with closing(Session(engine)) as session:
         rows = {row.id: row for row in session.scalars(select(JobRecord))}

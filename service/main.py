@@ -13,7 +13,7 @@ from sqlalchemy.orm import sessionmaker
 from service.api import health, jobs, metrics, problems, results
 from service.api.deps import Parts
 from service.api.requests import EveryRequest
-from service.artifacts import Artifacts
+from service.artifacts import open_artifacts
 from service.jobs.database import migrate, open_database
 from service.jobs.queue import JobQueue
 from service.jobs.reaper import Reaper
@@ -32,10 +32,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        artifacts = open_artifacts(settings.artifacts)
+        await run_in_threadpool(artifacts.check)
         await run_in_threadpool(migrate, settings)
         engine = open_database(settings)
         sessions = sessionmaker(engine, expire_on_commit=False)
-        artifacts, queue = Artifacts(settings.artifacts), JobQueue(settings)
+        queue = JobQueue(settings)
         submitter = Submitter(settings, sessions, queue, artifacts)
         app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry)
         collector = metrics.ServiceCollector(sessions, queue)

@@ -16,17 +16,21 @@ class Settings(BaseSettings):
     """One deployment's settings; API and worker read the same ones.
 
     Only ``data_dir`` is needed by a stack on one machine: database, artifacts and work folders live inside it
-    unless an address says otherwise.
+    unless an address says otherwise. Credentials of an S3 store are read from AWS_* variables, not from here.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="AQUANT_", frozen=True, populate_by_name=True, extra="ignore", env_ignore_empty=True
     )
 
-    data_dir: Annotated[Path, Field(description="Folder of everything kept: database, artifacts, logs.")] = Path("data")
-    database_url: Annotated[str | None, Field(description="SQLAlchemy URL; without it SQLite in data_dir.")] = None
+    data_dir: Annotated[
+        Path, Field(description="Folder of working files and logs, and of what has no address of its own below.")
+    ] = Path("data")
+    database_url: Annotated[
+        str | None, Field(description="postgresql:// or sqlite:// URL; without it SQLite in data_dir.")
+    ] = None
     artifacts_url: Annotated[
-        str | None, Field(description="file:// URL of the artifact store; without it a folder in data_dir.")
+        str | None, Field(description="s3://bucket/prefix or file:// URL; without it a folder in data_dir.")
     ] = None
     broker_url: Annotated[
         str | None,

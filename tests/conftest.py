@@ -1,10 +1,13 @@
-"""GPU tests are skipped by name where there is none."""
+"""What all tests share: GPU tests are skipped by name where there is none; databases and stores to choose from."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
+import servers
+from servers import Storage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +24,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[servers.PostgreSQL]:
+    with servers.postgresql() as server:
+        if isinstance(server, str):
+            pytest.skip(server)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[servers.S3]:
+    with servers.s3() as server:
+        if isinstance(server, str):
+            pytest.skip(server)
+        yield server
+
+
+@pytest.fixture(params=["sqlite-folder", "postgresql-s3"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    """A database and a store, both empty; a test that wants other pairs names them (``indirect``)."""
+    database, store = request.param.split("-")
+    artifacts_url = None
+    if store == "s3":
+        server = request.getfixturevalue("s3")
+        artifacts_url = server.url()
+        for name, value in server.environment().items():
+            request.getfixturevalue("monkeypatch").setenv(name, value)
+    database_url = request.getfixturevalue("postgresql").empty() if database == "postgresql" else None
+    return Storage(database_url, artifacts_url)

@@ -34,7 +34,7 @@ class IntakeFailedError(Exception):
 
 
 class IntakeLostError(IntakeFailedError):
-    """The child was killed from outside; another attempt may do better."""
+    """The child was killed from outside, or found no space; another attempt may do better."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
     if outcome.stderr:
         log.warning("job %s: the intake wrote: %s", job.id, outcome.stderr)
     if "problem" in messages:
-        raise IntakeFailedError(Problem.model_validate(messages["problem"]))
+        kind = IntakeLostError if messages.get("lost") is True else IntakeFailedError
+        raise kind(Problem.model_validate(messages["problem"]))
     raise _judge(outcome, limits)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from celery.signals import celeryd_init, setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
 from celery.utils.log import get_multiprocessing_logger
 
-from service.jobs.database import migrate
+from service.artifacts import ArtifactsDownError, UnsupportedStoreError, open_artifacts
+from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
 from service.jobs.queue import make_celery
 from service.logs import set_up_logging
 from service.settings import Settings
@@ -34,7 +35,11 @@ def _set_up_logging(**_: Any) -> None:
 
 
 def _prepare(**_: Any) -> None:
-    migrate(settings)
+    try:
+        open_artifacts(settings.artifacts).check()
+        migrate(settings)
+    except (ArtifactsDownError, UnsupportedStoreError, DatabaseUnusableError, UnsupportedDatabaseError) as error:
+        raise SystemExit(str(error)) from error  # of other exceptions Celery makes a line in the log, and goes on
 
 
 def _appear(**_: Any) -> None:

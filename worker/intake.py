@@ -2,7 +2,7 @@
 
 It runs in the sandbox and is the only place where uploads are parsed. What it says goes to standard output as
 one JSON object a line: ``{"stage": ...}`` as it goes along, and at the end ``{"warnings": [...]}`` or
-``{"problem": {...}}``.
+``{"problem": {...}}``, with ``"lost": true`` where another attempt may do better.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from service.jobs.schemas import Problem
 from worker.sandbox import Limits, confine
+from worker.workplace import DISK_FULL, disk_is_full
 
 CAPTURED = "captured.safetensors"
 CALIBRATION = "calibration.images.safetensors"
@@ -73,6 +74,9 @@ def main(path: str) -> int:
         )
     except Exception as error:  # a file made to break its reader ends here
         traceback.print_exc()
+        if disk_is_full(error):
+            _say(lost=True, problem=DISK_FULL.model_dump())
+            return 1
         text = str(error).splitlines()[0][:300] if str(error) else "no further word"
         problem = Problem.of_job(
             "upload_unreadable",

@@ -106,8 +106,8 @@ class Lease:
         while not self._done.wait(self._every):
             try:
                 self._renew()
-            except SQLAlchemyError:
-                log.exception("job %s: the lease could not be renewed", self.claim.job_id)
+            except SQLAlchemyError as error:
+                log.warning("job %s: the lease could not be renewed: %s", self.claim.job_id, error)
                 if time.monotonic() - self._renewed > self._length.total_seconds():
                     self._stop = LeaseLostError()
             if isinstance(self._stop, LeaseLostError):

@@ -53,8 +53,8 @@ class Presence:
             try:
                 with sessions.begin() as session:
                     JobRepository(session).note_worker(name, FORGET_AFTER)
-            except SQLAlchemyError:
-                log.exception("the database did not take the worker's sign of life")
+            except SQLAlchemyError as error:
+                log.warning("the database did not take the worker's sign of life: %s", error)
             if self._stop.wait(SIGN_SECONDS):
                 break
         try:

@@ -50,7 +50,7 @@ def publish(
             state = JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=files)
     finally:
         if state != JobState.SUCCEEDED:
-            artifacts.delete_prefix(prefix)
+            artifacts.discard(prefix)
     return state
 
 

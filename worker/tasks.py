@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
-from service.artifacts import Artifacts, blocks_prefix
-from service.jobs.database import open_database
+from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
@@ -33,9 +34,18 @@ from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostErr
 from worker.presence import worker_name
 from worker.reporting import publish
 from worker.steps import Steps
-from worker.workplace import workplace
+from worker.workplace import DISK_FULL, disk_is_full, workplace
 
 log = logging.getLogger(__name__)
+
+STORE_POLL_SECONDS = 5.0
+"""How often a worker asks whether the artifact store is back."""
+
+STORE_LOST = Problem.of_job(
+    "artifacts_unavailable",
+    "The store of the service's files did not answer, each time the job was tried.",
+    "Submit it again once the service is well; its operator finds the reason in the worker's log.",
+)
 
 
 class JobRunner:
@@ -44,36 +54,47 @@ class JobRunner:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._sessions: sessionmaker[Session] = sessionmaker(open_database(settings), expire_on_commit=False)
-        self._artifacts = Artifacts(settings.artifacts)
+        self._artifacts = open_artifacts(settings.artifacts)
         self._queue = JobQueue(settings)
         self._tracing = tracer_provider(settings, "aquant-worker")
         self._tracer = self._tracing.get_tracer("aquant")
 
     def run(self, job_id: str) -> JobState | None:
-        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way."""
+        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way.
+
+        Without a database its row stays as it is, for the reaper: queued, or under a lease that runs out.
+        """
         with about(job_id=job_id):
-            claim = self._claim(job_id)
-            if claim is None:
-                log.info("job %s is not there to be taken", job_id)
+            try:
+                return self._try(job_id)
+            except DATABASE_DOWN as error:
+                log.warning("job %s waits for the database and will be tried again: %s", job_id, error)
                 return None
-            with self._sessions() as session:
-                job = JobRepository(session).get(job_id)
-            origin = job.origin or {}
-            with about(attempt=claim.attempt, request_id=origin.get("request_id")):
-                try:
-                    with self._tracer.start_as_current_span(
-                        "job attempt",
-                        context_of(origin),
-                        SpanKind.CONSUMER,
-                        {"aquant.job.id": job_id, "aquant.job.attempt": claim.attempt},
-                    ) as span:
-                        state = self._run(job, claim)
-                        span.set_attribute("aquant.job.state", state or "lost")
-                        if state in (None, JobState.QUEUED, JobState.FAILED):
-                            span.set_status(StatusCode.ERROR)
-                finally:
-                    send(self._tracing)  # the process may be ended before its thread gets to it
-            return state
+
+    def _try(self, job_id: str) -> JobState | None:
+        """Claim it, and run the attempt under its names: those of log lines and of the trace."""
+        claim = self._claim(job_id)
+        if claim is None:
+            log.info("job %s is not there to be taken", job_id)
+            return None
+        with self._sessions() as session:
+            job = JobRepository(session).get(job_id)
+        origin = job.origin or {}
+        with about(attempt=claim.attempt, request_id=origin.get("request_id")):
+            try:
+                with self._tracer.start_as_current_span(
+                    "job attempt",
+                    context_of(origin),
+                    SpanKind.CONSUMER,
+                    {"aquant.job.id": job_id, "aquant.job.attempt": claim.attempt},
+                ) as span:
+                    state = self._run(job, claim)
+                    span.set_attribute("aquant.job.state", state or "lost")
+                    if state in (None, JobState.QUEUED, JobState.FAILED):
+                        span.set_status(StatusCode.ERROR)
+            finally:
+                send(self._tracing)  # the process may be ended before its thread gets to it
+        return state
 
     def _claim(self, job_id: str) -> Claim | None:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
@@ -89,14 +110,19 @@ class JobRunner:
         ):
             state = self._attempt(job, claim, lease, steps, folder)
         if state in FINISHED:
-            self._artifacts.delete_prefix(blocks_prefix(job.id))
+            self._artifacts.discard(blocks_prefix(job.id))
         log.info("job %s: attempt %d ends: %s", job.id, claim.attempt, state or "lost to another attempt")
         return state
 
     def _attempt(self, job: JobRecord, claim: Claim, lease: Lease, steps: Steps, folder: Path) -> JobState | None:
-        """One attempt; every way it can end is a row's state, none an exception."""
+        """One attempt; every way it can end is a row's state, none an exception but a database that is down."""
         try:
-            return self._quantize(job, claim, lease, steps, folder)
+            try:
+                return self._quantize(job, claim, lease, steps, folder)
+            except ArtifactsDownError as error:
+                log.warning("job %s: %s", job.id, error)
+                self._wait_for_artifacts(lease)
+                return self._give_back(claim, STORE_LOST)
         except LeaseLostError:
             return None
         except JobCancelledError:
@@ -113,7 +139,12 @@ class JobRunner:
             problem = error.problem
         except AQuantError as error:
             problem = Problem.of_job(error.code, error.detail, error.remedy)
+        except DATABASE_DOWN:
+            raise
         except Exception as error:
+            if disk_is_full(error):
+                log.warning("job %s: %s", job.id, error)
+                return self._give_back(claim, DISK_FULL)
             log.exception("job %s failed", job.id)
             problem = Problem.of_job(
                 "internal_error",
@@ -156,6 +187,19 @@ class JobRunner:
                 Tallies(session).add("block", seconds, method)
         except SQLAlchemyError:
             log.exception("the database did not take a block's duration")  # no reason to lose the job
+
+    def _wait_for_artifacts(self, lease: Lease) -> None:
+        """Return when the store answers again: until then no attempt at any job would do better.
+
+        Raises:
+            JobStopError: the job must stop meanwhile.
+        """
+        while True:
+            lease.check()
+            try:
+                return self._artifacts.check()
+            except ArtifactsDownError:
+                time.sleep(STORE_POLL_SECONDS)
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
         with self._sessions.begin() as session:

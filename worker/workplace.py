@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from service.jobs.schemas import Problem
+
+DISK_FULL = Problem.of_job(
+    "disk_full",
+    "The worker's disk had no space left, each time the job was tried.",
+    "Submit it again once there is space; its operator finds how much a job needs in the documentation.",
+)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether it came of a disk without space; libraries written in other languages tell it in words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

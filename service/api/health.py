@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
+from service.artifacts import ArtifactsDownError
 from service.jobs.queue import QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Health, WorkerInfo
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/health", tags=["health"])
 
@@ -22,7 +27,7 @@ def live() -> Health:
 
 @router.get("/ready", response_model=Health, responses={503: RESPONSE})
 def ready(parts: PartsDep) -> Response:
-    """Database and broker answer; whether workers are alive is told, but jobs can be taken in without."""
+    """Database, files and broker answer; whether workers are alive is told, but jobs can be taken in without."""
     checks: dict[str, str] = {}
     workers: list[WorkerInfo] = []
     try:
@@ -31,13 +36,19 @@ def ready(parts: PartsDep) -> Response:
     except SQLAlchemyError as error:
         checks["database"] = f"unavailable: {type(error).__name__}"
     try:
+        parts.artifacts.check()
+        checks["artifacts"] = "ok"
+    except ArtifactsDownError as error:
+        log.warning("%s", error)
+        checks["artifacts"] = "unavailable"
+    try:
         parts.queue.depth()
         checks["broker"] = "ok"
     except QueueDownError:
         checks["broker"] = "unavailable"
     alive = sum(worker.alive for worker in workers)
     checks["workers"] = f"{alive} alive"
-    faulty = [name for name in ("database", "broker") if checks[name] != "ok"]
+    faulty = [name for name in ("database", "artifacts", "broker") if checks[name] != "ok"]
     if faulty:
         return problem(
             503,

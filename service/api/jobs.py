@@ -15,7 +15,7 @@ from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.problems import RESPONSE
 from service.api.uploads import REMEDY, FormStream
-from service.artifacts import Stored, blocks_prefix, job_prefix
+from service.artifacts import ArtifactsDownError, Stored, blocks_prefix, job_prefix
 from service.jobs.errors import FormError, ServiceError
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, JobPage
@@ -23,7 +23,7 @@ from service.jobs.states import JobState
 from service.jobs.submission import UPLOADS, Submission, UploadName, new_job_id, read_config
 from service.logs import about
 
-router = APIRouter(tags=["jobs"], responses={"4XX": RESPONSE, 422: RESPONSE})
+router = APIRouter(tags=["jobs"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
 
 POLL_SECONDS = 0.25
 MAX_WAIT_SECONDS = 20.0
@@ -70,8 +70,8 @@ async def submit(request: Request, response: Response, parts: PartsDep) -> JobDo
             await run_in_threadpool(parts.submitter.submit, submission)
     except BaseException as error:
         # Whatever went wrong, a lost connection included: nothing of it stays in the store.
-        await asyncio.shield(run_in_threadpool(parts.artifacts.delete_prefix, job_prefix(job_id)))
-        if isinstance(error, ServiceError):
+        await asyncio.shield(run_in_threadpool(parts.artifacts.discard, job_prefix(job_id)))
+        if isinstance(error, ServiceError | ArtifactsDownError):
             await form.drain(DRAIN_BYTES)
         raise
     document = await run_in_threadpool(_load, parts, job_id)
@@ -158,7 +158,7 @@ def cancel(parts: PartsDep, job_id: str) -> JobDocument:
     with parts.sessions.begin() as session:
         document = describe(JobRepository(session).cancel(job_id))
     if document.finished:  # it was between two attempts: no worker will clear up
-        parts.artifacts.delete_prefix(blocks_prefix(job_id))
+        parts.artifacts.discard(blocks_prefix(job_id))
     return document
 
 
@@ -167,7 +167,7 @@ def delete(parts: PartsDep, job_id: str) -> None:
     """Remove a job and its files; one that is running must be cancelled first (409)."""
     with parts.sessions.begin() as session:
         JobRepository(session).delete(job_id)
-    parts.artifacts.delete_prefix(job_prefix(job_id))
+    parts.artifacts.discard(job_prefix(job_id))  # what stays is the reaper's
 
 
 def _load(parts: Parts, job_id: str) -> JobDocument:

@@ -12,12 +12,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from service.artifacts import ArtifactsDownError
+from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import ServiceError
 from service.jobs.schemas import Problem
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+RETRY_SECONDS = "5"
+"""When to ask again while a part of the service does not answer."""
 
 STATUS = {
     "job_not_found": HTTPStatus.NOT_FOUND,
@@ -83,6 +88,20 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return problem(error.status_code, code, detail, remedy, dict(error.headers or {}))
 
 
+async def _database_down(request: Request, error: Exception) -> Response:
+    return _unavailable(request, error, "database_unavailable", "The service's database does not answer.")
+
+
+async def _artifacts_down(request: Request, error: Exception) -> Response:
+    return _unavailable(request, error, "artifacts_unavailable", "The store of the service's files does not answer.")
+
+
+def _unavailable(request: Request, error: Exception, code: str, detail: str) -> Response:
+    log.warning("%s %s: %s", request.method, request.url.path, error)
+    remedy = "Try again later; if it stays, tell the operator: the server's log has the reason."
+    return problem(503, code, detail, remedy, {"Retry-After": RETRY_SECONDS})
+
+
 async def _disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it
 
@@ -107,4 +126,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
+    for kind in DATABASE_DOWN:
+        app.add_exception_handler(kind, _database_down)
+    app.add_exception_handler(ArtifactsDownError, _artifacts_down)
     app.add_exception_handler(ClientDisconnect, _disconnected)

@@ -16,7 +16,7 @@ from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
-router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE})
+router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -86,7 +86,8 @@ async def checkpoint(
     headers["Content-Length"] = str(stop - start)
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type="application/octet-stream")
-    return StreamingResponse(parts.artifacts.stream(file.key, start, stop), status, headers, "application/octet-stream")
+    body = await parts.artifacts.stream(file.key, start, stop)
+    return StreamingResponse(body, status, headers, "application/octet-stream")
 
 
 _REMEDY = {

@@ -12,7 +12,8 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts, blocks_prefix, job_prefix
+from service.artifacts import Artifacts, ArtifactsDownError, blocks_prefix, job_prefix
+from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import JobNotFoundError
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
@@ -64,6 +65,10 @@ class Reaper:
                 self.round()
             except QueueDownError as error:
                 log.warning("%s Queued jobs wait until it is back.", error)
+            except ArtifactsDownError as error:
+                log.warning("%s", error)
+            except DATABASE_DOWN as error:
+                log.warning("the reaper waits for the database: %s", error)
             except (SQLAlchemyError, OSError):
                 log.exception("a round of the reaper failed; the next one tries again")
 
@@ -90,7 +95,7 @@ class Reaper:
                 if state == JobState.QUEUED:
                     self._announce(job_id)
                 elif state in FINISHED:
-                    self._artifacts.delete_prefix(blocks_prefix(job_id))
+                    self._artifacts.discard(blocks_prefix(job_id))
 
     def announce_forgotten(self) -> None:
         """Announce anew what is queued in the database while the broker has no message waiting."""
@@ -119,13 +124,15 @@ class Reaper:
 
     def sweep_orphans(self) -> None:
         """Delete files of jobs that do not exist: a process died between writing files and row."""
-        old = [name for name, at in self._artifacts.folders("jobs") if at < time.time() - ORPHAN_SECONDS]
+        names = self._artifacts.folders("jobs")
         with self._sessions() as session:
-            known = JobRepository(session).existing(old)
-        for name in set(old) - known:
-            with about(job_id=name):
-                log.info("deleting the files of %s: there is no such job", name)
-            self._artifacts.delete_prefix(job_prefix(name))
+            known = JobRepository(session).existing(names)
+        for name in set(names) - known:
+            at = self._artifacts.written_at(job_prefix(name))
+            if at is not None and at < time.time() - ORPHAN_SECONDS:
+                with about(job_id=name):
+                    log.info("deleting the files of %s: there is no such job", name)
+                self._artifacts.delete_prefix(job_prefix(name))
 
     def _announce(self, job_id: str) -> None:
         self._queue.announce(job_id)

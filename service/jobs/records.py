@@ -15,7 +15,7 @@ ALIVE_SECONDS = 20.0
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time; SQLite would drop the zone on the way."""
+    """An aware UTC time; SQLite drops the zone on the way, PostgreSQL answers in the zone of its session."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -24,7 +24,19 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        return None if value is None else value.replace(tzinfo=UTC)
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class IdColumn(TypeDecorator[str]):
+    """A job's id, as a caller may have made it up: PostgreSQL has no text with a zero byte, so nor has an id."""
+
+    impl = String(32)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        return None if value is None else value.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 class StateColumn(TypeDecorator[JobState]):
@@ -59,7 +71,7 @@ class JobRecord(Record):
         Index("ix_jobs_state_created_at", "state", "created_at"),
     )
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[str] = mapped_column(IdColumn, primary_key=True)
     state: Mapped[JobState]
     stage: Mapped[str | None] = mapped_column(String(16))
     config: Mapped[dict[str, Any]]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, tuple_, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session, lazyload
 
@@ -83,7 +83,8 @@ class JobRepository:
             query = query.where(JobRecord.state == state)
         if cursor is not None:
             created_at, job_id = _read_cursor(cursor)
-            query = query.where(tuple_(JobRecord.created_at, JobRecord.id) < tuple_(created_at, job_id))
+            last = tuple_(literal(created_at), literal(job_id, JobRecord.id.type))
+            query = query.where(tuple_(JobRecord.created_at, JobRecord.id) < last)
         jobs = self._session.scalars(query).all()
         more = len(jobs) > limit
         return Page(jobs[:limit], _write_cursor(jobs[limit - 1]) if more else None)
@@ -98,9 +99,14 @@ class JobRepository:
             .where(JobRecord.state == JobState.QUEUED, JobRecord.created_at < job.created_at)
         )
 
-    def existing(self, job_ids: Collection[str]) -> set[str]:
+    def existing(self, job_ids: Sequence[str]) -> set[str]:
         """Those of the ids that are jobs."""
-        return set(self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(job_ids))))
+        pieces = (job_ids[start : start + 500] for start in range(0, len(job_ids), 500))  # parameters are limited
+        return {
+            job_id
+            for piece in pieces
+            for job_id in self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(piece)))
+        }
 
     # A worker's side: claim, renew, finish.
 
@@ -140,13 +146,13 @@ class JobRepository:
 
         A job whose cancellation was asked for ends as cancelled, whatever came of the work.
         """
-        if self._move(JobState.CANCELLED, _held_under(claim), JobRecord.state == JobState.CANCELLING, **_ending()):
-            return JobState.CANCELLED
-        if not self._move(state, _held_under(claim), stage=stage, error=error, **_ending()):
-            return None
-        self._session.add_all(artifacts)
-        self._session.flush()
-        return state
+        held = _held_under(claim)
+        # In this order: a cancel that comes in between turns running into cancelling, and never back.
+        if self._move(state, held, JobRecord.state == JobState.RUNNING, stage=stage, error=error, **_ending()):
+            self._session.add_all(artifacts)
+            self._session.flush()
+            return state
+        return JobState.CANCELLED if self._move(JobState.CANCELLED, held, **_ending()) else None
 
     def give_back(self, claim: Claim, max_attempts: int, error: dict[str, Any]) -> JobState | None:
         """End an attempt that came to nothing: back to the queue, or failed with ``error`` after the last.
@@ -163,12 +169,14 @@ class JobRepository:
         self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any], held: ColumnElement[bool]
     ) -> JobState | None:
         this = (JobRecord.id == job_id, JobRecord.attempt == attempt, held)
-        if self._move(JobState.CANCELLED, *this, JobRecord.state == JobState.CANCELLING, **_ending()):
-            return JobState.CANCELLED
+        running, cancelling = JobRecord.state == JobState.RUNNING, JobRecord.state == JobState.CANCELLING
+        state, values = JobState.FAILED, {"error": error, **_ending()}
         if attempt < max_attempts:
-            again = {"lease_owner": None, "lease_expires_at": None, "stage": None, "progress": None}
-            return JobState.QUEUED if self._move(JobState.QUEUED, *this, **again) else None
-        return JobState.FAILED if self._move(JobState.FAILED, *this, error=error, **_ending()) else None
+            state = JobState.QUEUED
+            values = {"lease_owner": None, "lease_expires_at": None, "stage": None, "progress": None}
+        if self._move(state, *this, running, **values):  # in this order, as in finish()
+            return state
+        return JobState.CANCELLED if self._move(JobState.CANCELLED, *this, cancelling, **_ending()) else None
 
     # A user's side: cancel, delete.
 
@@ -179,17 +187,26 @@ class JobRepository:
             JobNotFoundError: there is no such job.
             JobStateError: the job has already ended otherwise.
         """
-        this = JobRecord.id == job_id
-        if not (
-            self._move(JobState.CANCELLED, this, JobRecord.state == JobState.QUEUED, **_ending())
-            or self._move(JobState.CANCELLING, this)
-        ):
-            job = self.get(job_id)
-            if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
-                raise JobStateError(
-                    f"Job {job_id} has already {job.state}.", "A finished job can be deleted, not cancelled."
-                )
-        return self.get(job_id)
+        # One UPDATE for both: a job may go from either state to the other between two.
+        queued = JobRecord.state == JobState.QUEUED
+        moved = self._session.execute(
+            update(JobRecord)
+            .where(JobRecord.id == job_id, JobRecord.state.in_((JobState.QUEUED, JobState.RUNNING)))
+            .values(
+                state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
+                finished_at=case((queued, now())),
+            )
+            .returning(JobRecord.state, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
+            .execution_options(synchronize_session=False)
+        ).one_or_none()
+        if moved is not None:
+            self._tally_end(*moved)
+        job = self.get(job_id)
+        if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
+            raise JobStateError(
+                f"Job {job_id} has already {job.state}.", "A finished job can be deleted, not cancelled."
+            )
+        return job
 
     def delete(self, job_id: str) -> None:
         """Remove a job that no worker holds.
@@ -203,8 +220,10 @@ class JobRepository:
             .where(JobRecord.id == job_id, JobRecord.state.not_in(HELD))
             .execution_options(synchronize_session=False)
         )
-        if not _changed(result):
-            job = self.get(job_id)
+        if _changed(result):
+            return
+        job = self.get(job_id)
+        if job.state in HELD:
             stopping = job.state == JobState.CANCELLING
             raise JobStateError(
                 f"Job {job_id} is {job.state}.",
@@ -212,6 +231,7 @@ class JobRepository:
                 if stopping
                 else f"Cancel it first (POST /jobs/{job_id}/cancel) and delete it once it has stopped.",
             )
+        self.delete(job_id)  # its worker has just let go of it
 
     # The reaper's side: what was lost.
 
@@ -289,14 +309,24 @@ class JobRepository:
         attempt, config, started_at, finished_at = moved
         if target == JobState.RUNNING and attempt > 1:
             Tallies(self._session).add("retry")
-        if target in FINISHED and started_at is not None:
-            method = QuantizationConfig.model_validate(config).method
-            Tallies(self._session).add("job", (finished_at - started_at).total_seconds(), method, target)
+        self._tally_end(target, config, started_at, finished_at)
         return True
+
+    def _tally_end(
+        self, state: JobState, config: dict[str, Any], started_at: datetime | None, finished_at: datetime | None
+    ) -> None:
+        """Count a job that was begun and has ended."""
+        if state in FINISHED and started_at is not None and finished_at is not None:
+            method = QuantizationConfig.model_validate(config).method
+            Tallies(self._session).add("job", (finished_at - started_at).total_seconds(), method, state)
 
 
 def _ending() -> dict[str, Any]:
     return {"finished_at": now(), "lease_owner": None, "lease_expires_at": None}
+
+
+def _state(state: JobState) -> ColumnElement[JobState]:
+    return literal(state, JobRecord.state.type)
 
 
 def _held_under(claim: Claim) -> ColumnElement[bool]:

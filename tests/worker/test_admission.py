@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.graph import CapturedModel
@@ -21,6 +22,8 @@ from worker import admission
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.lease import JobCancelledError, Lease
 from worker.sandbox import Outcome
+
+in_a_folder = pytest.mark.parametrize("storage", STORES[:1], indirect=True)  # the child sees no store
 
 Claimed = Callable[..., Claim]
 Sessions = sessionmaker[Session]
@@ -88,6 +91,7 @@ def test_sound_uploads_come_out_as_the_cores_own_files(
     assert not list((tmp_path / "work").glob("model.*"))
 
 
+@in_a_folder
 def test_fault_is_told_with_the_cores_code(
     enter: Callable[[Claim], admission.Intake], claimed: Claimed, model: bytes
 ) -> None:
@@ -99,6 +103,7 @@ def test_fault_is_told_with_the_cores_code(
     assert not isinstance(caught.value, IntakeLostError)
 
 
+@in_a_folder
 def test_cancel_ends_the_child(
     enter: Callable[[Claim], admission.Intake],
     claimed: Claimed,
@@ -113,6 +118,7 @@ def test_cancel_ends_the_child(
         enter(claim)
 
 
+@in_a_folder
 @pytest.mark.parametrize(
     ("outcome", "code", "lost"),
     [

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from servers import STORES
+
 from service.artifacts import Artifacts, job_prefix
 from worker.blocks import BlockStore
+
+pytestmark = pytest.mark.parametrize("storage", STORES, indirect=True)
 
 
 def test_the_next_attempt_finds_what_was_finished(tmp_path: Path, artifacts: Artifacts) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+from servers import DATABASES
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -17,6 +18,8 @@ from service.jobs.repository import Claim, JobRepository, now
 from service.logs import about, what_about
 from service.settings import Settings
 from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease, LeaseLostError
+
+pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
 
 Claimed = Callable[..., Claim]
 Sessions = sessionmaker[Session]

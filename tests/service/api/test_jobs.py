@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from httpx import Client, Response
+from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts, blocks_prefix
@@ -20,16 +22,18 @@ from service.jobs.states import JobState
 from service.main import create_app
 from service.settings import Settings
 
+in_a_folder = pytest.mark.parametrize("storage", STORES[:1], indirect=True)  # decided before a store is asked
+
 Submit = Callable[..., Response]
 BITS = {"weight_bits": 2, "activation_bits": 2}
 
 
-def stored(settings: Settings) -> list[str]:
-    return [path.name for path in (settings.data_dir / "artifacts").rglob("*") if path.is_file()]
+def stored(artifacts: Artifacts) -> list[str]:
+    return [key.rpartition("/")[2] for key in artifacts.keys("jobs")]
 
 
 def test_submitted_job_is_stored_queued_and_announced(
-    submit: Submit, web: Client, settings: Settings, queue: JobQueue, onnx_model: bytes, images: bytes
+    submit: Submit, web: Client, artifacts: Artifacts, queue: JobQueue, onnx_model: bytes, images: bytes
 ) -> None:
     answer = submit(evaluation=images)
     assert answer.status_code == 202
@@ -43,7 +47,7 @@ def test_submitted_job_is_stored_queued_and_announced(
         "sha256": hashlib.sha256(onnx_model).hexdigest(),
         "format": "onnx",
     }
-    assert sorted(stored(settings)) == ["calibration", "evaluation", "model"]
+    assert sorted(stored(artifacts)) == ["calibration", "evaluation", "model"]
     assert queue.depth() == 1
     assert web.get(answer.headers["location"]).json() == job
 
@@ -82,6 +86,7 @@ def test_bad_submission_is_answered_and_leaves_nothing(
     submit: Submit,
     web: Client,
     settings: Settings,
+    artifacts: Artifacts,
     queue: JobQueue,
     changes: dict[str, object],
     status: int,
@@ -94,7 +99,7 @@ def test_bad_submission_is_answered_and_leaves_nothing(
     assert answer.headers["content-type"] == "application/problem+json"
     assert words in problem["detail"]
     assert problem["remedy"]
-    assert stored(settings) == []
+    assert stored(artifacts) == []
     assert list((settings.data_dir / "artifacts/jobs").glob("*")) == []
     assert web.get("/jobs").json() == {"jobs": [], "next": None}
     assert queue.depth() == 0
@@ -122,6 +127,7 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
     assert submit(model=state_dict, config={**BITS, "architecture": "resnet18"}).status_code == 202
 
 
+@in_a_folder
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "words"),
     [
@@ -145,11 +151,11 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
         ),
     ],
 )
-def test_bad_form(web: Client, settings: Settings, content_type: str, body: bytes, status: int, words: str) -> None:
+def test_bad_form(web: Client, artifacts: Artifacts, content_type: str, body: bytes, status: int, words: str) -> None:
     answer = web.post("/jobs", content=body, headers={"content-type": content_type})
     assert answer.status_code == status
     assert words in answer.json()["detail"]
-    assert stored(settings) == []
+    assert stored(artifacts) == []
 
 
 def test_job_is_taken_in_while_the_broker_is_away(
@@ -166,7 +172,12 @@ def test_job_is_taken_in_while_the_broker_is_away(
         health = web.get("/health/ready")
     assert health.status_code == 503
     assert health.json()["code"] == "not_ready"
-    assert health.json()["checks"] == {"database": "ok", "broker": "unavailable", "workers": "0 alive"}
+    assert health.json()["checks"] == {
+        "database": "ok",
+        "artifacts": "ok",
+        "broker": "unavailable",
+        "workers": "0 alive",
+    }
 
 
 def test_etag_and_long_poll(submit: Submit, web: Client, sessions: sessionmaker[Session]) -> None:
@@ -217,13 +228,14 @@ def test_an_ended_job_has_no_seconds_left(submit: Submit, web: Client, sessions:
     assert progress["forecast"] == forecast
 
 
-def test_cancel_and_delete(submit: Submit, web: Client, settings: Settings, sessions: sessionmaker[Session]) -> None:
+def test_cancel_and_delete(
+    submit: Submit, web: Client, artifacts: Artifacts, sessions: sessionmaker[Session], tmp_path: Path
+) -> None:
     queued, running = submit().headers["location"], submit().headers["location"]
     with sessions.begin() as session:
         JobRepository(session).claim(running.rpartition("/")[2], "me", timedelta(minutes=1))
-    artifacts = Artifacts(settings.artifacts)
     for job in (queued, running):  # as an earlier attempt leaves them
-        block = settings.data_dir / "block"
+        block = tmp_path / "block"
         block.write_bytes(b"learned")
         artifacts.put_file(blocks_prefix(job.rpartition("/")[2]) + "0", block)
     assert web.post(f"{queued}/cancel").json()["state"] == "cancelled"
@@ -241,4 +253,4 @@ def test_cancel_and_delete(submit: Submit, web: Client, settings: Settings, sess
     assert web.delete(queued).status_code == 204
     assert web.get(queued).status_code == 404
     assert web.delete(queued).json()["code"] == "job_not_found"
-    assert len(list((settings.data_dir / "artifacts/jobs").iterdir())) == 1
+    assert {key.split("/")[1] for key in artifacts.keys("")} == {running.rpartition("/")[2]}

@@ -7,11 +7,15 @@ import inspect
 import pytest
 from fastapi import FastAPI
 from httpx import Client
+from servers import DATABASES
 
 from service.api import problems
 from service.jobs import errors
 
+in_the_folder = pytest.mark.parametrize("storage", DATABASES[:1], indirect=True)
 
+
+@in_the_folder
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -33,6 +37,7 @@ def test_framework_errors_are_problems(web: Client, method: str, path: str, stat
         assert answer.headers["allow"]
 
 
+@in_the_folder
 def test_unforeseen_error_tells_nothing_of_the_inside(web: Client, application: FastAPI) -> None:
     application.state.parts = "broken"
     answer = web.get("/jobs")
@@ -49,6 +54,7 @@ def test_every_error_has_a_status() -> None:
     assert codes <= problems.STATUS.keys()
 
 
+@in_the_folder
 def test_documentation_names_what_there_is(web: Client) -> None:
     document = web.get("/openapi.json").json()
     assert {"/jobs", "/jobs/{job_id}", "/jobs/{job_id}/checkpoint", "/health/ready"} <= document["paths"].keys()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts, blocks_prefix, job_prefix
@@ -17,6 +17,8 @@ from service.jobs.reaper import ORPHAN_SECONDS, Reaper
 from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
 from service.settings import Settings
+
+pytestmark = pytest.mark.parametrize("storage", PAIRS, indirect=True)
 
 Sessions = sessionmaker[Session]
 
@@ -65,17 +67,23 @@ def test_unannounced_job_is_announced_once(
     assert queue.depth() == 1
 
 
-def test_files_without_a_job_are_swept_when_old(reaper: Reaper, settings: Settings, add_job: Callable[[], str]) -> None:
-    folder = settings.data_dir / "artifacts/jobs"
+def test_files_without_a_job_are_swept_when_old(
+    reaper: Reaper,
+    artifacts: Artifacts,
+    add_job: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     known = add_job()
-    old = time.time() - ORPHAN_SECONDS - 60
-    for name in (known, "orphan", "fresh"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "model#1").write_bytes(b"x")
-        if name != "fresh":
-            os.utime(folder / name, (old, old))
-    reaper.round()
-    assert sorted(path.name for path in folder.iterdir()) == sorted([known, "fresh"])
+    (tmp_path / "model").write_bytes(b"x")
+    for name in (known, "orphan", "other"):
+        artifacts.put_file(f"jobs/{name}/attempt-1/model", tmp_path / "model")
+    reaper.sweep_orphans()
+    assert len(artifacts.keys("jobs")) == 3  # uploads under way, perhaps
+    later = time.time() + ORPHAN_SECONDS + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    reaper.sweep_orphans()
+    assert artifacts.keys("jobs") == [f"jobs/{known}/attempt-1/model"]
 
 
 def test_jobs_are_deleted_once_they_have_been_kept_long_enough(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from servers import DATABASES
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
-from service.jobs.records import ArtifactRecord, JobRecord
+from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
 from service.jobs.repository import Claim, JobRepository, now
 from service.jobs.states import JobState
+
+pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
 
 MINUTE = timedelta(minutes=1)
 PAST = timedelta(seconds=-1)
@@ -166,6 +171,87 @@ def test_pages_are_newest_first_and_complete(sessions: Sessions, add_job: AddJob
         assert repository.page(100, state=JobState.RUNNING).jobs == []
         with pytest.raises(CursorError, match="nonsense"):
             repository.page(2, "nonsense")
+
+
+def test_times_keep_their_instant(sessions: Sessions, add_job: AddJob) -> None:
+    india = timezone(timedelta(hours=5, minutes=30))
+    before = datetime.now(india)
+    job_id = add_job()
+    first = claim(sessions, job_id, PAST)
+    with sessions.begin() as session:
+        JobRepository(session).take_back(job_id, first.attempt, 3, ERROR)
+    claim(sessions, job_id)
+    with sessions.begin() as session:
+        session.execute(update(JobRecord).values(nudged_at=before))
+    with sessions() as session:
+        job = JobRepository(session).get(job_id)
+        times = (job.nudged_at, job.created_at, job.started_at, job.lease_expires_at)
+    assert all(at is not None and at.utcoffset() == timedelta(0) for at in times)
+    assert times[0] == before
+    assert sorted(times) == list(times)
+    assert now() < times[3] < now() + MINUTE
+    cancelled = add_job()
+    with sessions.begin() as session:
+        ended = JobRepository(session).cancel(cancelled)
+        assert ended.finished_at is not None
+        assert ended.created_at <= ended.finished_at <= now()
+
+
+@pytest.mark.parametrize("job_id", ["a\0b", "\0", "x" * 10_000, "\N{SNOWMAN}", "'; DROP TABLE jobs; --"])
+def test_an_id_that_was_made_up_is_no_job(sessions: Sessions, add_job: AddJob, job_id: str) -> None:
+    add_job()
+    with sessions() as session:
+        repository = JobRepository(session)
+        for call in (repository.get, repository.cancel, repository.delete):
+            with pytest.raises(JobNotFoundError):
+                call(job_id)
+        assert repository.claim(job_id, "me", MINUTE) is None
+        cursor = base64.urlsafe_b64encode(f"{now().isoformat()} {job_id.split(' ')[0]}".encode()).decode()
+        assert len(repository.page(2, cursor).jobs) == 1
+
+
+def test_documents_come_back_as_they_went(sessions: Sessions, add_job: AddJob) -> None:
+    document = {"text": "a\0b \N{SNOWMAN}\ud800 'q' %s :x", "list": [1, 1e300, None, True], "": {}}
+    held = claim(sessions, add_job())
+    with sessions.begin() as session:
+        repository = JobRepository(session)
+        repository.renew(held, MINUTE, "reconstruct", document)
+        assert repository.get(held.job_id).progress == document
+        repository.renew(held, MINUTE, "reconstruct", None)
+        assert repository.get(held.job_id).progress is None
+        assert session.scalar(select(func.count()).where(JobRecord.progress.is_(None))) == 1
+
+
+def test_of_very_many_ids_the_jobs_are_found(sessions: Sessions, add_job: AddJob) -> None:
+    known = {add_job(), add_job()}
+    with sessions() as session:
+        assert JobRepository(session).existing([*(f"none-{n}" for n in range(70_000)), *known]) == known
+
+
+def test_a_workers_signs_of_life(sessions: Sessions) -> None:
+    for name in ("a", "b", "a"):
+        with sessions.begin() as session:
+            JobRepository(session).note_worker(name, MINUTE)
+    with sessions.begin() as session:
+        session.execute(update(WorkerRecord).where(WorkerRecord.name == "b").values(seen_at=now() - 2 * MINUTE))
+        JobRepository(session).note_worker("a", MINUTE)
+    with sessions() as session:
+        assert [worker.name for worker in JobRepository(session).workers()] == ["a"]
+
+
+def test_pages_are_complete_when_the_clocks_are_put_back(sessions: Sessions, add_job: AddJob) -> None:
+    jobs = [add_job() for _ in range(4)]
+    first = datetime(2026, 10, 25, 0, 15, tzinfo=UTC)  # 2:15 in Berlin, as an hour later
+    with sessions.begin() as session:
+        for number, job_id in enumerate(jobs):
+            session.get_one(JobRecord, job_id).created_at = first + number * timedelta(minutes=30)
+    paged: list[str] = []
+    with sessions() as session:
+        page = JobRepository(session).page(1)
+        while page.cursor is not None:
+            paged += [job.id for job in page.jobs]
+            page = JobRepository(session).page(1, page.cursor)
+    assert [*paged, *(job.id for job in page.jobs)] == jobs[::-1]
 
 
 def test_queue_position(sessions: Sessions, add_job: AddJob) -> None:

@@ -1,0 +1,135 @@
+"""What another transaction commits between two statements, as PostgreSQL's READ COMMITTED lets it.
+
+SQLite lets nobody write between two statements of a writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine, event
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.jobs.errors import JobNotFoundError, JobStateError
+from service.jobs.repository import Claim, JobRepository
+from service.jobs.states import JobState
+
+pytestmark = pytest.mark.parametrize("storage", ["postgresql-folder"], indirect=True)
+
+MINUTE = timedelta(minutes=1)
+PAST = timedelta(seconds=-1)
+ERROR = {"code": "worker_lost"}
+
+AddJob = Callable[..., str]
+Sessions = sessionmaker[Session]
+Intervene = Callable[[Callable[[JobRepository], object]], "Iterator[Future[object]]"]
+
+
+@pytest.fixture
+def intervene(engine: Engine, sessions: Sessions) -> Iterator[Intervene]:
+    """Has another transaction act once the first statement of this one is through, and waits for it to commit,
+    unless it waits itself for a lock that this one holds."""
+    pool = ThreadPoolExecutor(1)
+
+    @contextmanager
+    def after_the_first_statement(call: Callable[[JobRepository], object]) -> Iterator[Future[object]]:
+        other: Future[object] = Future()
+
+        def act() -> None:
+            try:
+                with sessions.begin() as session:
+                    result = call(JobRepository(session))
+                other.set_result(result)
+            except Exception as error:
+                other.set_exception(error)
+
+        begun = False
+
+        @event.listens_for(engine, "after_cursor_execute")
+        def listen(*_: object) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                wait([pool.submit(act)], timeout=0.5)
+
+        try:
+            yield other
+        finally:
+            event.remove(engine, "after_cursor_execute", listen)
+
+    yield after_the_first_statement
+    pool.shutdown()
+
+
+def claim(sessions: Sessions, job_id: str, lease: timedelta = MINUTE) -> Claim:
+    with sessions.begin() as session:
+        taken = JobRepository(session).claim(job_id, "me", lease)
+    assert taken is not None
+    return taken
+
+
+def state(sessions: Sessions, job_id: str) -> JobState:
+    with sessions() as session:
+        return JobRepository(session).get(job_id).state
+
+
+@pytest.mark.parametrize("ending", [JobState.SUCCEEDED, JobState.FAILED])
+def test_a_cancel_while_a_job_ends_is_told_the_truth(
+    sessions: Sessions, add_job: AddJob, intervene: Intervene, ending: JobState
+) -> None:
+    held = claim(sessions, add_job())
+    with intervene(lambda other: other.cancel(held.job_id)) as cancel, sessions.begin() as session:
+        ended = JobRepository(session).finish(held, ending, "save")
+    assert ended == state(sessions, held.job_id) == ending
+    with pytest.raises(JobStateError, match=f"already {ending}"):
+        cancel.result(timeout=10)
+
+
+@pytest.mark.parametrize(("max_attempts", "left_in"), [(1, JobState.FAILED), (3, JobState.CANCELLED)])
+def test_a_cancel_while_a_job_is_taken_back_is_not_lost(
+    sessions: Sessions, add_job: AddJob, intervene: Intervene, max_attempts: int, left_in: JobState
+) -> None:
+    held = claim(sessions, add_job(), PAST)
+    with intervene(lambda other: other.cancel(held.job_id)) as cancel, sessions.begin() as session:
+        taken = JobRepository(session).take_back(held.job_id, 1, max_attempts, ERROR)
+    assert taken == (JobState.FAILED if max_attempts == 1 else JobState.QUEUED)
+    assert (cancel.exception(timeout=10) is None) == (left_in == JobState.CANCELLED)
+    assert state(sessions, held.job_id) == left_in
+
+
+def test_a_job_that_goes_back_to_the_queue_meanwhile_is_cancelled(
+    sessions: Sessions, add_job: AddJob, intervene: Intervene
+) -> None:
+    held = claim(sessions, add_job(), PAST)
+    with (
+        intervene(lambda other: other.take_back(held.job_id, 1, 3, ERROR)) as taken,
+        sessions.begin() as session,
+    ):
+        JobRepository(session).cancel(held.job_id)
+    assert taken.result(timeout=10) == state(sessions, held.job_id) == JobState.CANCELLED
+
+
+def test_a_job_that_ends_meanwhile_is_deleted(sessions: Sessions, add_job: AddJob, intervene: Intervene) -> None:
+    held = claim(sessions, add_job())
+    with (
+        intervene(lambda other: other.finish(held, JobState.FAILED, "save")) as ended,
+        sessions.begin() as session,
+    ):
+        JobRepository(session).delete(held.job_id)
+    assert ended.result(timeout=10) == JobState.FAILED
+    with sessions() as session, pytest.raises(JobNotFoundError):
+        JobRepository(session).get(held.job_id)
+
+
+def test_a_claim_that_waits_for_another_comes_to_nothing(
+    sessions: Sessions, add_job: AddJob, intervene: Intervene
+) -> None:
+    job_id = add_job()
+    with intervene(lambda other: other.claim(job_id, "second", MINUTE)) as second, sessions.begin() as session:
+        assert JobRepository(session).claim(job_id, "first", MINUTE) is not None
+        assert not second.done()
+    assert second.result(timeout=10) is None
