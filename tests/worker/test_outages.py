@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -192,6 +193,21 @@ def test_a_job_that_waits_for_the_store_can_be_cancelled(
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
     assert make_runner(settings, read)(job_id) == JobState.CANCELLED
+
+
+@pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
+def test_a_job_that_meets_a_full_disk_is_tried_again_then_fails_with_the_reason(
+    make_runner: MakeRunner, settings: Settings, sessions: Sessions, claimed: Callable[..., Claim]
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job_id = queued(sessions, claimed)  # after its first attempt
+    run = make_runner(settings, write)
+    assert [run(job_id) for _ in range(settings.max_attempts - 1)] == [JobState.QUEUED, JobState.FAILED]
+    error = shown(sessions, job_id).error
+    assert error is not None
+    assert error["code"] == "disk_full"
 
 
 @pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)

@@ -110,7 +110,7 @@ def test_jobs_are_deleted_once_they_have_been_kept_long_enough(
     for keep, left in ((None, set(jobs)), (3600.0, set(jobs) - {"old"})):
         Reaper(settings.model_copy(update={"keep_seconds": keep}), sessions, queue, artifacts).round()
         with sessions() as session:
-            assert JobRepository(session).existing(jobs.values()) == {jobs[name] for name in left}
+            assert JobRepository(session).existing(list(jobs.values())) == {jobs[name] for name in left}
         assert {name for name, job_id in jobs.items() if artifacts.keys(job_prefix(job_id))} == left
 
 

@@ -16,6 +16,7 @@ from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
 from service.jobs.repository import Claim, JobRepository, now
 from service.jobs.states import JobState
+from service.jobs.tallies import Tallies
 
 pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
 
@@ -132,6 +133,20 @@ def test_cancel_of_queued_and_finished(sessions: Sessions, add_job: AddJob) -> N
             JobRepository(session).cancel(other)
         with pytest.raises(JobNotFoundError):
             JobRepository(session).cancel("nobody")
+
+
+def test_a_job_cancelled_between_two_attempts_is_counted(sessions: Sessions, add_job: AddJob) -> None:
+    """One that was never begun is not: it has no duration."""
+    begun, fresh = add_job(), add_job()
+    with sessions.begin() as session:
+        claim = JobRepository(session).claim(begun, "worker", timedelta(seconds=60))
+        assert claim is not None
+        assert JobRepository(session).give_back(claim, 9, {}) == JobState.QUEUED
+        for job_id in (begun, begun, fresh):
+            assert JobRepository(session).cancel(job_id).state == JobState.CANCELLED
+    with sessions() as session:
+        (series,) = Tallies(session).all()
+    assert (series.what, series.state, series.count) == ("job", "cancelled", 1)
 
 
 def test_a_held_job_is_not_deleted(sessions: Sessions, add_job: AddJob) -> None:
