@@ -6,7 +6,6 @@ import base64
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import traceback
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import command, commit, write
+from record import command, commit, device_name, write
 
 import aquant_core
 from aquant_core.config import QuantizationConfig
@@ -146,7 +145,7 @@ def measure(cell: Cell, images: Images, threads: int, device: str = "cpu", revis
         "seconds": report["seconds"],
         "digests": report["digests"],
         "versions": report["versions"],
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(resources.device),
         "threads": threads,
         "commit": revision or commit(),
         "command": command(),

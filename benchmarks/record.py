@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -32,10 +33,22 @@ def about(device: torch.device, **settings: Any) -> dict[str, Any]:
         "command": command(),
         "commit": commit(),
         "versions": packages,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         **settings,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's, or the processor's: libraries choose their loops by it, so other bytes may come of another."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return (
+            f"{next(line for line in lines if line.startswith('model name')).partition(': ')[2]} ({platform.machine()})"
+        )
+    return platform.machine()
 
 
 def command() -> str:
