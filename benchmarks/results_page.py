@@ -76,7 +76,7 @@ _WHERE_NOT = """Where it is not:
   border loses, where 25 was asked for.
 - With float weights and 2 bits for activations (below) QDrop falls behind rounding to nearest, with its quantizers at
   the outputs and at the inputs, and AQuant without border is level with it; in the paper's Table 2 QDrop is ahead.
-- Fusion, which the paper's Table 4 has ahead by 1.75 points, costs a point here.
+- Fusion, which the paper's Table 4 has ahead by 1.75 points, costs 0.9 points here.
 - The only run so far with the paper's 20,000 iterations (residual network, W2A2) ends below the one with 300: with
   1,024 images more iterations need not help. On the inverted residual network 1,000 iterations are level with 300 at
   W2A2, or below."""
