@@ -47,6 +47,11 @@ on 10,000 training images outside the calibration set and on the test images.
 
 "±" behind an accuracy is the standard deviation over seeds. Intervals of differences and shares are 95 %, paired by
 image: they say what other images would change, not what other seeds would; of those the columns by seed tell.
+
+Cells whose `device` names no processor were measured before a fault was found: the first cell of every four in a
+process ran part of its products on two threads instead of one, which moves sums in their last bit and, by way of
+roundings, a few of the 10,000 decisions. Run again, such a cell can differ by that (seen: by 0.03 points); others give
+the same bytes.
 """
 
 
