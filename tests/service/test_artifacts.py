@@ -85,8 +85,8 @@ def test_broken_stream_leaves_no_parts(artifacts: Artifacts, s3: S3) -> None:
     before = s3.unfinished_uploads()
     with pytest.raises(ConnectionError):
         asyncio.run(artifacts.put_stream("jobs/a/model", watched()))
-    assert len(seen[0]) == len(before) + 1
-    assert s3.unfinished_uploads() == before
+    (begun,) = set(seen[0]) - set(before)  # others are of writers that were killed, and go when the server likes
+    assert begun not in s3.unfinished_uploads()
 
 
 @in_a_folder
