@@ -4,9 +4,9 @@
     python benchmarks/chaos.py crowd                    200 clients that poll, and an upload of 1 GiB
     python benchmarks/chaos.py drain --jobs 1000        a long queue, four workers
 
-Each starts a stack of its own on loopback, in a folder that is gone afterwards, and stops it. Leases are 3 s, renewed
-every second, instead of 30 and 0.5. ``faults`` needs user namespaces (``unshare``) for a disk of its own that it can
-fill; without them that fault is left out, and said so. Results: ``results/chaos_PART.json``.
+Each starts a stack of its own on loopback, in a folder that is gone afterwards, and stops it. ``faults`` has leases of
+3 s, renewed every second, instead of 30 and 0.5, and needs user namespaces (``unshare``) for a disk of its own that it
+can fill; without them that fault is left out, and said so. Results: ``results/chaos_PART.json``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ from service.settings import GIB, Settings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke", "iterations": 4}
-LEASE, HEARTBEAT = 3.0, 1.0
+LEASE = 3.0
+LEASES = {"faults": (LEASE, 1.0), "crowd": (30.0, 0.5), "drain": (30.0, 0.5)}
+"""By part: seconds that a lease lasts, and after which it is renewed."""
 DISK = "AQUANT_CHAOS_DISK"
 """Set where this process has a small disk of its own."""
 DISK_BYTES = 768 << 20
@@ -75,8 +77,8 @@ def main() -> None:
     of_drain = parts.add_parser("drain")
     of_drain.add_argument("--jobs", type=int, default=1000)
     of_drain.add_argument("--workers", type=int, default=4)
+    of_faults.add_argument("--seed", type=int, default=0)
     for part in (of_faults, of_crowd, of_drain):
-        part.add_argument("--seed", type=int, default=0)
         part.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     if options.part == "faults" and DISK not in os.environ:
@@ -93,12 +95,13 @@ def main() -> None:
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """Where and how it was measured."""
     given = {name: value for name, value in vars(options).items() if name not in ("out", "part")}
+    lease, heartbeat = LEASES[options.part]
     return {
         "command": command(),
         "commit": commit(),
         "cores": os.cpu_count(),
-        "lease_seconds": LEASE,
-        "heartbeat_seconds": HEARTBEAT,
+        "lease_seconds": lease,
+        "heartbeat_seconds": heartbeat,
         "disk_can_be_filled": DISK in os.environ,
         **given,
     }
@@ -106,18 +109,14 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 def in_own_namespace() -> None:
     """Begins this program again where it may mount a disk of its own; returns where that cannot be."""
-    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False) if has_unshare() else None
-    if probe is None or probe.returncode:
+    probe = ["unshare", "-rm", "true"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
         print("no user namespaces here: the disk is not filled", flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="aquant-chaos-disk-") as disk:
         mount = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$1" && shift && exec "$@"'
         argv = ["unshare", "-rm", "sh", "-c", mount, "sh", disk, sys.executable, *sys.argv]
         raise SystemExit(subprocess.run(argv, env=os.environ | {DISK: disk}, check=False).returncode)
-
-
-def has_unshare() -> bool:
-    return shutil.which("unshare") is not None
 
 
 @contextmanager
@@ -130,10 +129,17 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def settings_in(data: Path, **changes: Any) -> Settings:
-    """Short leases; an attempt that a fault ended is not the job's fault, so there are many."""
-    given = {"lease_seconds": LEASE, "heartbeat_seconds": HEARTBEAT, "reaper_seconds": 0.5, "renudge_seconds": 2.0}
-    return Settings(data_dir=data, max_attempts=1000, **(given | changes))
+def settings_in(data: Path, part: str) -> Settings:
+    """An attempt that a fault ended is not the job's fault, so there are many."""
+    lease, heartbeat = LEASES[part]
+    return Settings(
+        data_dir=data,
+        lease_seconds=lease,
+        heartbeat_seconds=heartbeat,
+        reaper_seconds=0.5,
+        renudge_seconds=2.0,
+        max_attempts=1000,
+    )
 
 
 # ---- Faults
@@ -145,7 +151,9 @@ def faults(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     data.mkdir(exist_ok=True)
     calibration = data / "calibration.npz"
     shrunk(EXAMPLE / "calibration.npz", calibration, 64)
-    with supervised(settings_in(data), [worker_command(f"chaos-{n}") for n in range(options.workers)]) as stack:
+    with supervised(
+        settings_in(data, "faults"), [worker_command(f"chaos-{n}") for n in range(options.workers)]
+    ) as stack:
         undisturbed = submit(stack, calibration)
         with Client(stack.url) as client:
             job = client.wait(undisturbed, 300)
@@ -156,7 +164,8 @@ def faults(data: Path, options: argparse.Namespace) -> dict[str, Any]:
         with Watch(stack.settings) as watch:
             kinds = itertools.cycle(draw.sample(sorted(FAULTS), len(FAULTS)))
             while happened.total() < options.faults:
-                while len(watch.unfinished) < 2 * options.workers and (job_id := submit(stack, calibration)):
+                while len(watch.unfinished) < 2 * options.workers:
+                    job_id = submit(stack, calibration)
                     jobs.add(job_id)
                     watch.unfinished.add(job_id)
                 time.sleep(draw.expovariate(1 / options.every))
@@ -190,7 +199,7 @@ def kill_descendant(stack: SupervisedStack, draw: random.Random) -> bool:
     return False
 
 
-def cut_database(stack: SupervisedStack, draw: random.Random) -> bool:  # noqa: ARG001
+def cut_database(stack: SupervisedStack) -> bool:
     """PostgreSQL: every connection ended. SQLite: locked against all others for a while."""
     engine = open_database(stack.settings)
     try:
@@ -208,7 +217,7 @@ def cut_database(stack: SupervisedStack, draw: random.Random) -> bool:  # noqa: 
         engine.dispose()
 
 
-def fill_disk(stack: SupervisedStack, draw: random.Random) -> bool:  # noqa: ARG001
+def fill_disk() -> bool:
     """No byte is left for a while."""
     filler = Path(os.environ[DISK]) / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -229,8 +238,8 @@ FAULTS: dict[str, Callable[[SupervisedStack, random.Random], bool]] = {
     "broker killed": lambda stack, _: kill(stack.parts["broker"], signal.SIGKILL),
     "broker restarted": lambda stack, _: kill(stack.parts["broker"], signal.SIGTERM),
     "worker told to stop": lambda stack, draw: kill(draw.choice(stack.workers), signal.SIGTERM),
-    "database cut": cut_database,
-    **({"disk full": fill_disk} if DISK in os.environ else {}),
+    "database cut": lambda stack, _: cut_database(stack),
+    **({"disk full": lambda *_: fill_disk()} if DISK in os.environ else {}),
 }
 
 
@@ -362,7 +371,7 @@ LOW_PRIORITY = ["sh", "-c", '{ echo 19 > /proc/self/autogroup; } 2> /dev/null; e
 def crowd(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Latency of ``GET /jobs/{id}`` while two jobs run, and the API's memory while a large model is uploaded."""
     workers = [[*LOW_PRIORITY, *worker_command(f"crowd-{number}")] for number in range(2)]
-    settings = settings_in(data, lease_seconds=30.0, heartbeat_seconds=0.5)
+    settings = settings_in(data, "crowd")
     with supervised(settings, workers) as stack, Client(stack.url) as client:
         long = {**CONFIG, "iterations": 100_000}
         jobs = [client.submit(EXAMPLE / "residual.onnx", EXAMPLE / "calibration.npz", long).id for _ in workers]
@@ -449,7 +458,7 @@ def drain(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = {"method": "nearest", "weight_bits": 8, "activation_bits": 8}
     calibration = data / "calibration.npz"
     shrunk(EXAMPLE / "calibration.npz", calibration, 16)
-    settings = settings_in(data, lease_seconds=30.0, heartbeat_seconds=0.5)
+    settings = settings_in(data, "drain")
     with supervised(settings, []) as stack, Client(stack.url) as client:
         started = time.monotonic()
         jobs = [client.submit(EXAMPLE / "residual.onnx", calibration, config).id for _ in range(options.jobs)]

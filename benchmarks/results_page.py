@@ -50,8 +50,7 @@ image: they say what other images would change, not what other seeds would; of t
 
 Cells whose `device` names no processor were measured before a fault was found: the first cell of every four in a
 process ran part of its products on two threads instead of one, which moves sums in their last bit and, by way of
-roundings, a few of the 10,000 decisions. Run again, such a cell can differ by that (seen: by 0.03 points); others give
-the same bytes.
+roundings, a few of the 10,000 decisions. Run again, such a cell can differ by that; others give the same bytes.
 """
 
 

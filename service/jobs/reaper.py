@@ -119,7 +119,7 @@ class Reaper:
                     JobRepository(session).delete(job_id)
             except JobNotFoundError:  # another reaper, or its user, was first
                 continue
-            self._artifacts.delete_prefix(job_prefix(job_id))
+            self._artifacts.discard(job_prefix(job_id))
             log.info("job %s has been kept for %.0f seconds and is deleted", job_id, self._settings.keep_seconds)
 
     def sweep_orphans(self) -> None:

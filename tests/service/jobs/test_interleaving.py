@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
+from job_rows import MINUTE, claim, state
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.errors import JobNotFoundError, JobStateError
-from service.jobs.repository import Claim, JobRepository
+from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
 pytestmark = pytest.mark.parametrize("storage", ["postgresql-folder"], indirect=True)
 
-MINUTE = timedelta(minutes=1)
 PAST = timedelta(seconds=-1)
 ERROR = {"code": "worker_lost"}
 
@@ -63,18 +63,6 @@ def intervene(engine: Engine, sessions: Sessions) -> Iterator[Intervene]:
 
     yield after_the_first_statement
     pool.shutdown()
-
-
-def claim(sessions: Sessions, job_id: str, lease: timedelta = MINUTE) -> Claim:
-    with sessions.begin() as session:
-        taken = JobRepository(session).claim(job_id, "me", lease)
-    assert taken is not None
-    return taken
-
-
-def state(sessions: Sessions, job_id: str) -> JobState:
-    with sessions() as session:
-        return JobRepository(session).get(job_id).state
 
 
 @pytest.mark.parametrize("ending", [JobState.SUCCEEDED, JobState.FAILED])

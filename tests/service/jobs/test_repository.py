@@ -8,36 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from job_rows import MINUTE, claim, state
 from servers import DATABASES
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
-from service.jobs.repository import Claim, JobRepository, now
+from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
 from service.jobs.tallies import Tallies
 
 pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
 
-MINUTE = timedelta(minutes=1)
 PAST = timedelta(seconds=-1)
 ERROR = {"code": "worker_lost"}
 
 AddJob = Callable[..., str]
 Sessions = sessionmaker[Session]
-
-
-def claim(sessions: Sessions, job_id: str, lease: timedelta = MINUTE) -> Claim:
-    with sessions.begin() as session:
-        taken = JobRepository(session).claim(job_id, "me", lease)
-    assert taken is not None
-    return taken
-
-
-def state(sessions: Sessions, job_id: str) -> JobState:
-    with sessions() as session:
-        return JobRepository(session).get(job_id).state
 
 
 def test_of_many_claims_on_a_job_one_wins(sessions: Sessions, add_job: AddJob) -> None:
