@@ -33,7 +33,7 @@ from worker.celery_app import app, settings
 from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
 from worker.presence import worker_name
 from worker.reporting import publish
-from worker.steps import Steps
+from worker.steps import BlockEnd, Steps
 from worker.workplace import DISK_FULL, disk_is_full, workplace
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class JobRunner:
         with (
             workplace(self._settings.work_dir, job.id, claim.attempt) as folder,
             Lease(claim, self._settings, self._sessions) as lease,
-            Steps(self._tracer, self._count_block) as steps,
+            Steps(self._tracer, functools.partial(self._end_block, lease)) as steps,
         ):
             state = self._attempt(job, claim, lease, steps, folder)
         if state in FINISHED:
@@ -122,7 +122,7 @@ class JobRunner:
             except ArtifactsDownError as error:
                 log.warning("job %s: %s", job.id, error)
                 self._wait_for_artifacts(lease)
-                return self._give_back(claim, STORE_LOST)
+                return self._give_back(lease, STORE_LOST)
         except LeaseLostError:
             return None
         except JobCancelledError:
@@ -134,7 +134,7 @@ class JobRunner:
                 "Choose a smaller preset or fewer iterations, or have the operator raise AQUANT_JOB_SECONDS.",
             )
         except IntakeLostError as error:
-            return self._give_back(claim, error.problem)
+            return self._give_back(lease, error.problem)
         except IntakeFailedError as error:
             problem = error.problem
         except AQuantError as error:
@@ -144,7 +144,7 @@ class JobRunner:
         except Exception as error:
             if disk_is_full(error):
                 log.warning("job %s: %s", job.id, error)
-                return self._give_back(claim, DISK_FULL)
+                return self._give_back(lease, DISK_FULL)
             log.exception("job %s failed", job.id)
             problem = Problem.of_job(
                 "internal_error",
@@ -179,12 +179,14 @@ class JobRunner:
             resume_from=blocks.folder,
         )
         report(Progress(stage="save"))
+        lease.flush()
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
 
-    def _count_block(self, method: str, seconds: float) -> None:
+    def _end_block(self, lease: Lease, end: BlockEnd) -> None:
+        lease.note_block(end.method, end.block, end.blocks, end.loss)
         try:
             with self._sessions.begin() as session:
-                Tallies(session).add("block", seconds, method)
+                Tallies(session).add("block", end.seconds, end.method)
         except SQLAlchemyError:
             log.exception("the database did not take a block's duration")  # no reason to lose the job
 
@@ -202,11 +204,14 @@ class JobRunner:
                 time.sleep(STORE_POLL_SECONDS)
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
+        lease.flush()
         with self._sessions.begin() as session:
             error = None if problem is None else problem.model_dump()
             return JobRepository(session).finish(lease.claim, state, lease.stage, error)
 
-    def _give_back(self, claim: Claim, problem: Problem) -> JobState | None:
+    def _give_back(self, lease: Lease, problem: Problem) -> JobState | None:
+        claim = lease.claim
+        lease.flush()
         with self._sessions.begin() as session:
             state = JobRepository(session).give_back(claim, self._settings.max_attempts, problem.model_dump())
         if state == JobState.QUEUED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ServiceError(Exception):
     """Base of every error that reaches the user as a problem document.
@@ -10,14 +12,16 @@ class ServiceError(Exception):
         code: stable identifier.
         detail: what was wrong, naming the value.
         remedy: what the caller can do about it.
+        members: further members of the problem document.
     """
 
     code = "service_error"
 
-    def __init__(self, detail: str, remedy: str) -> None:
+    def __init__(self, detail: str, remedy: str, **members: Any) -> None:
         super().__init__(f"{detail} {remedy}")
         self.detail = detail
         self.remedy = remedy
+        self.members = members
 
 
 class JobNotFoundError(ServiceError):
@@ -99,3 +103,69 @@ class ImagesInvalidError(ServiceError):
     """The image file is damaged, not an image set, or of a shape or type that cannot be images."""
 
     code = "images_invalid"
+
+
+class UploadNotFoundError(ServiceError):
+    """There is no upload of this digest, or it is somebody else's."""
+
+    code = "upload_not_found"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"There is no upload {sha256!r}.", f"Send it with PUT /uploads/{sha256}.")
+
+
+class UploadMissingError(ServiceError):
+    """A job names an upload that is not there, or not complete."""
+
+    code = "upload_missing"
+
+    def __init__(self, name: str, sha256: str) -> None:
+        super().__init__(
+            f"`{name}` is said to be sha256:{sha256}, of which there is no complete upload.",
+            f"Complete PUT /uploads/{sha256} first; HEAD tells how far it is.",
+        )
+
+
+class UploadInUseError(ServiceError):
+    """An upload cannot be deleted while a job uses it."""
+
+    code = "upload_in_use"
+
+
+class UploadOffsetError(ServiceError):
+    """A piece does not begin where its upload ends."""
+
+    code = "upload_offset_conflict"
+
+    def __init__(self, detail: str, offset: int) -> None:
+        super().__init__(detail, f"Go on at byte {offset}.", offset=offset)
+
+
+class ContentRangeError(ServiceError):
+    """A piece's place in its file cannot be read, or is not what was said before."""
+
+    code = "content_range_invalid"
+
+
+class DigestMismatchError(ServiceError):
+    """A finished upload is not what it was announced as."""
+
+    code = "digest_mismatch"
+
+
+class IdempotencyKeyReusedError(ServiceError):
+    """An idempotency key came a second time, with another request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotentJobDeletedError(ServiceError):
+    """The job that an idempotency key stands for is gone."""
+
+    code = "idempotent_job_deleted"
+
+
+class WebhookRefusedError(ServiceError):
+    """A webhook's address or secret is not one that is used."""
+
+    code = "webhook_refused"

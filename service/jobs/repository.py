@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, lazyload
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
+from service.jobs.events import Happening, JobEvents, entered
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
 from service.jobs.states import FINISHED, HELD, JobState, sources
 from service.jobs.tallies import Tallies
@@ -59,11 +60,13 @@ class JobRepository:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._events = JobEvents(session)
 
     def add(self, job: JobRecord) -> None:
         """Put in a new job."""
         self._session.add(job)
         self._session.flush()
+        self._events.add(job.id, job.created_at, entered(job.state, job.stage, job.attempt))
 
     def get(self, job_id: str) -> JobRecord:
         """The job of this id, as it is in the database now.
@@ -108,6 +111,25 @@ class JobRepository:
             for job_id in self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(piece)))
         }
 
+    def same_work(self, fingerprint: str) -> JobRecord | None:
+        """The latest job that has succeeded with this configuration and these files."""
+        query = select(JobRecord).where(JobRecord.fingerprint == fingerprint, JobRecord.state == JobState.SUCCEEDED)
+        return self._session.scalar(query.order_by(JobRecord.created_at.desc()).limit(1))
+
+    def signs_of_change(self, job_ids: Sequence[str]) -> dict[str, Any]:
+        """For each of the jobs that is there, something that differs when its document does."""
+        queue = tuple(
+            self._session.execute(
+                select(func.count(), func.min(JobRecord.created_at)).where(JobRecord.state == JobState.QUEUED)
+            ).one()
+        )
+        columns = (JobRecord.id, JobRecord.state, JobRecord.attempt, JobRecord.stage, JobRecord.progress)
+        return {
+            row.id: (tuple(row), queue if row.state == JobState.QUEUED else None)
+            for start in range(0, len(job_ids), 500)  # parameters are limited
+            for row in self._session.execute(select(*columns).where(JobRecord.id.in_(job_ids[start : start + 500])))
+        }
+
     # A worker's side: claim, renew, finish.
 
     def claim(self, job_id: str, owner: str, lease: timedelta) -> Claim | None:
@@ -125,14 +147,25 @@ class JobRepository:
         )
         return Claim(job_id, self.get(job_id).attempt, owner) if taken else None
 
-    def renew(self, claim: Claim, lease: timedelta, stage: str, progress: dict[str, Any] | None) -> JobState | None:
-        """Extend a lease and note progress; the job's state, or None where the claim was lost."""
-        return self._session.scalar(
+    def renew(
+        self,
+        claim: Claim,
+        lease: timedelta,
+        stage: str,
+        progress: dict[str, Any] | None,
+        happenings: Iterable[Happening] = (),
+    ) -> JobState | None:
+        """Extend a lease, note progress and what has happened; the job's state, or None where the claim was lost."""
+        at = now()
+        state = self._session.scalar(
             update(JobRecord)
             .where(_held_under(claim))
-            .values(lease_expires_at=now() + lease, stage=stage, progress=progress)
+            .values(lease_expires_at=at + lease, stage=stage, progress=progress)
             .returning(JobRecord.state)
         )
+        if state is not None:
+            self._events.add(claim.job_id, at, *happenings)
+        return state
 
     def finish(
         self,
@@ -196,11 +229,20 @@ class JobRepository:
                 state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
                 finished_at=case((queued, now())),
             )
-            .returning(JobRecord.state, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
+            .returning(
+                JobRecord.state,
+                JobRecord.stage,
+                JobRecord.attempt,
+                JobRecord.config,
+                JobRecord.started_at,
+                JobRecord.finished_at,
+            )
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if moved is not None:
-            self._tally_end(*moved)
+            state, stage, attempt, *ending = moved
+            self._events.add(job_id, now(), entered(state, stage, attempt))
+            self._tally_end(state, *ending)
         job = self.get(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobStateError(
@@ -301,12 +343,20 @@ class JobRepository:
             update(JobRecord)
             .where(JobRecord.state.in_(sources(target)), *where)
             .values(state=target, **values)
-            .returning(JobRecord.attempt, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
+            .returning(
+                JobRecord.id,
+                JobRecord.stage,
+                JobRecord.attempt,
+                JobRecord.config,
+                JobRecord.started_at,
+                JobRecord.finished_at,
+            )
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if moved is None:
             return False
-        attempt, config, started_at, finished_at = moved
+        job_id, stage, attempt, config, started_at, finished_at = moved
+        self._events.add(job_id, now(), entered(target, stage, attempt, values.get("error")))
         if target == JobState.RUNNING and attempt > 1:
             Tallies(self._session).add("retry")
         self._tally_end(target, config, started_at, finished_at)
