@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from service.addresses import is_loopback
 from service.settings import Settings
 
 READY_SECONDS = 90.0
@@ -32,6 +33,10 @@ class StackError(Exception):
 
 class MissingExtraError(Exception):
     """Part of what the embedded stack needs is not installed."""
+
+
+class OpenToStrangersError(Exception):
+    """The API would listen beyond this machine, and there are no keys."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
 
     Raises:
         MissingExtraError: the server's or the worker's dependencies are not installed.
+        OpenToStrangersError: the address is not this machine's alone, there are no API keys, and nobody said that
+            this is as it should be.
         StackError: a part did not come up.
     """
     require_extras()
@@ -95,6 +102,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         require(settings)
     except TelemetryMissingError as error:
         raise MissingExtraError(str(error)) from error
+    _require_keys(settings)
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -116,7 +124,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
             broker = start("broker", broker_command(port, data_dir / "broker"), broker_url, os.environ)
             _wait_until(lambda: _answers_ping(port), broker)
         port = settings.port or free_port(settings.host)
-        url = f"http://{settings.host}:{port}"
+        url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
         environment = environment_of(settings, broker_url, port)
         worker = start("worker", worker_command(f"aquant-{os.getpid()}"), f"data in {data_dir}", environment)
         api = start("api", api_command(settings.host, port), url, environment)
@@ -154,9 +162,31 @@ def require_extras() -> None:
             )
 
 
+def _require_keys(settings: Settings) -> None:
+    if settings.open or is_loopback(settings.host):
+        return
+    from sqlalchemy.orm import Session
+
+    from service.jobs.database import migrate, open_database
+    from service.jobs.keys import KeyRepository
+
+    migrate(settings)
+    engine = open_database(settings)
+    try:
+        with Session(engine) as session:
+            if KeyRepository(session).any():
+                return
+    finally:
+        engine.dispose()
+    raise OpenToStrangersError(
+        f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
+        "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
+    )
+
+
 def free_port(host: str) -> int:
     """A port that nothing listens on now."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.bind((host, 0))
         port: int = listener.getsockname()[1]
         return port

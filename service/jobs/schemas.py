@@ -127,4 +127,4 @@ class Health(BaseModel):
 
     status: Annotated[str, Field(description="ok or unavailable.")]
     checks: dict[str, Any] = {}
-    workers: list[WorkerInfo] = []
+    workers: Annotated[list[WorkerInfo], Field(description="Without a key, where there are keys, none.")] = []
