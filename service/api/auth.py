@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
 
 from service.addresses import neighbourhood
 from service.api.deps import Parts, PartsDep
 from service.api.locality import SAFE_METHODS, check_keyless
 from service.jobs.errors import KeyInvalidError, KeyMissingError, KeyScopeError, ServiceError
 from service.jobs.keys import KeyRepository, Scope
+from service.jobs.owners import Account
+from service.jobs.repository import JobRepository
+from service.settings import Settings
 
 _bearer = HTTPBearer(
     auto_error=False,
@@ -23,8 +30,32 @@ _bearer = HTTPBearer(
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 
 
-def _owner(request: Request, parts: PartsDep, credentials: _Credentials) -> str | None:
-    return _admit(request, parts, credentials, "jobs")
+@dataclass(frozen=True)
+class Owner:
+    """Whom a request acts for, and with it the only way its route has to the database.
+
+    ``name`` is None for who comes without a key while there are none.
+    """
+
+    name: str | None
+    _settings: Settings
+    _sessions: sessionmaker[Session]
+
+    @contextmanager
+    def jobs(self) -> Iterator[JobRepository]:
+        """The owner's jobs, in a transaction."""
+        with self._sessions.begin() as session:
+            yield JobRepository(session).of(self.name)
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """What the owner uses and may use, in a transaction."""
+        with self._sessions.begin() as session:
+            yield Account(session, self._settings, self.name)
+
+
+def _owner(request: Request, parts: PartsDep, credentials: _Credentials) -> Owner:
+    return Owner(_admit(request, parts, credentials, "jobs"), parts.settings, parts.sessions)
 
 
 def _watcher(request: Request, parts: PartsDep, credentials: _Credentials) -> None:
@@ -39,8 +70,8 @@ def _is_trusted(request: Request, parts: PartsDep, credentials: _Credentials) ->
     return True
 
 
-OwnerDep = Annotated[str | None, Depends(_owner)]
-"""Whose jobs this request may touch; None, those of nobody in particular, while there are no keys.
+OwnerDep = Annotated[Owner, Depends(_owner)]
+"""Whose jobs this request may touch.
 
 Raises 401 without a good key, 403 for strangers where there are no keys, 429 for too many requests.
 """

@@ -28,7 +28,8 @@ class Rates:
     def __init__(self, settings: Settings) -> None:
         assert settings.broker_url is not None  # the queue has seen to it
         self._shared = RedisStorage(
-            settings.broker_url,
+            # redis:// or rediss://; the same protocol, but this client is one that `limits` supports.
+            "valkey" + settings.broker_url.removeprefix("redis"),
             wrap_exceptions=True,
             key_prefix=f"{settings.queue_name}:rates",
             socket_timeout=BROKER_SECONDS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 KEY_REMEDY = (
     "Send the header `Authorization: Bearer KEY`; the aquant command takes the key from AQUANT_API_KEY or --key. "
@@ -18,18 +19,18 @@ class ServiceError(Exception):
         code: stable identifier.
         detail: what was wrong, naming the value.
         remedy: what the caller can do about it.
-        headers: header fields of the answer.
         members: further members of the problem document.
+        headers: header fields of the answer.
     """
 
     code = "service_error"
     headers: Mapping[str, str] = MappingProxyType({})
-    members: Mapping[str, int] = MappingProxyType({})
 
-    def __init__(self, detail: str, remedy: str) -> None:
+    def __init__(self, detail: str, remedy: str, **members: Any) -> None:
         super().__init__(f"{detail} {remedy}")
         self.detail = detail
         self.remedy = remedy
+        self.members = members
 
 
 class JobNotFoundError(ServiceError):
@@ -158,8 +159,7 @@ class LimitError(ServiceError):
     """A limit on what one owner may use, in ``limit``, and the present use, in ``used``."""
 
     def __init__(self, detail: str, remedy: str, *, limit: int, used: int, retry_after: int | None = None) -> None:
-        super().__init__(detail, remedy)
-        self.members = {"limit": limit, "used": used}
+        super().__init__(detail, remedy, limit=limit, used=used)
         if retry_after is not None:
             self.headers = {"Retry-After": str(retry_after)}
 

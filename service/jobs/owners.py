@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,6 +55,12 @@ def ensure_owner(session: Session, name: str) -> None:
         pass
 
 
+def hold_owner(session: Session, name: str) -> None:
+    """Let nobody else who holds this owner go on until this transaction ends: an UPDATE locks its row, or all of
+    SQLite, so that what is counted from here on stays true."""
+    session.execute(update(OwnerRecord).where(OwnerRecord.name == name).values(name=OwnerRecord.name))
+
+
 class Account:
     """One owner's limits and use, within one session; None is who comes without a key while there are none."""
 
@@ -87,16 +93,10 @@ class Account:
             JobQuotaError: too many wait already.
             StorageQuotaError: its files would not fit.
         """
-        self._hold()
+        hold_owner(self._session, self._owner or "")
         limits, usage = self.limits(), self.usage()
         check_queued(limits, usage)
         check_stored(limits, usage, size)
-
-    def _hold(self) -> None:
-        """Let nobody else count this owner's jobs: an UPDATE locks the row, or all of SQLite, until the end."""
-        self._session.execute(
-            update(OwnerRecord).where(OwnerRecord.name == (self._owner or "")).values(name=OwnerRecord.name)
-        )
 
 
 def check_queued(limits: Limits, usage: Usage) -> None:
@@ -120,6 +120,24 @@ def check_stored(limits: Limits, usage: Usage, size: int) -> None:
             limit=limits.stored_bytes,
             used=usage.stored_bytes,
         )
+
+
+class Room:
+    """The room an owner has for the files of one job that is being sent."""
+
+    def __init__(self, limits: Limits, usage: Usage) -> None:
+        self.limits, self._usage, self._sent = limits, usage, 0
+
+    async def admit(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        """The chunks, as long as they fit.
+
+        Raises:
+            StorageQuotaError: they do not, together with those before.
+        """
+        async for chunk in chunks:
+            self._sent += len(chunk)
+            check_stored(self.limits, self._usage, self._sent)
+            yield chunk
 
 
 class OwnerRepository:
