@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
 from service.addresses import is_loopback
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 READY_SECONDS = 90.0
 STOP_SECONDS = 10.0
@@ -128,7 +132,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         environment = environment_of(settings, broker_url, port)
         worker = start("worker", worker_command(f"aquant-{os.getpid()}"), f"data in {data_dir}", environment)
         api = start("api", api_command(settings.host, port), url, environment)
-        _wait_until(lambda: _is_ready(url, worker.process.pid), api, worker)
+        _wait_until(lambda: _is_ready(url, settings, worker.process.pid), api, worker)
         yield Stack(url, data_dir, tuple(components))
 
 
@@ -165,23 +169,34 @@ def require_extras() -> None:
 def _require_keys(settings: Settings) -> None:
     if settings.open or is_loopback(settings.host):
         return
-    from sqlalchemy.orm import Session
-
-    from service.jobs.database import migrate, open_database
+    from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
     from service.jobs.keys import KeyRepository
 
-    migrate(settings)
-    engine = open_database(settings)
     try:
-        with Session(engine) as session:
-            if KeyRepository(session).any():
-                return
-    finally:
-        engine.dispose()
+        migrate(settings)
+    except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
+        raise StackError(str(error)) from error
+    with _session(settings) as session:
+        if KeyRepository(session).any():
+            return
     raise OpenToStrangersError(
         f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
         "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
     )
+
+
+@contextmanager
+def _session(settings: Settings) -> Iterator[Session]:
+    from sqlalchemy.orm import Session
+
+    from service.jobs.database import open_database
+
+    engine = open_database(settings)
+    try:
+        with Session(engine) as session:
+            yield session
+    finally:
+        engine.dispose()
 
 
 def free_port(host: str) -> int:
@@ -297,12 +312,15 @@ def _answers_ping(port: int) -> bool:
         return False
 
 
-def _is_ready(url: str, worker_pid: int) -> bool:
+def _is_ready(url: str, settings: Settings, worker_pid: int) -> bool:
     """The API is up, its database and broker answer, and this very worker has signed in."""
     try:
-        response = httpx.get(f"{url}/health/ready", timeout=5)
+        if not httpx.get(f"{url}/health/ready", timeout=5).is_success:
+            return False
     except httpx.TransportError:
         return False
-    return response.is_success and any(
-        worker["alive"] and worker["name"].endswith(f":{worker_pid}") for worker in response.json()["workers"]
-    )
+    from service.jobs.repository import JobRepository, now
+
+    with _session(settings) as session:  # the API tells names only to who has a key
+        workers = JobRepository(session).workers()
+    return any(worker.alive(now()) and worker.name.endswith(f":{worker_pid}") for worker in workers)

@@ -92,16 +92,15 @@ def _admit(
     address = f"address {neighbourhood(client)}"
     with parts.sessions.begin() as session:
         keys = KeyRepository(session)
+        key = None
         try:
-            if credentials is not None:
-                key = keys.accept(credentials.credentials)
-            elif keys.any():
+            if credentials is None:
                 raise KeyMissingError
-            else:
-                key = None
+            key = keys.accept(credentials.credentials)
         except (KeyInvalidError, KeyMissingError):
-            parts.rates.count(address, read=read)  # guessing is not free
-            raise
+            if keys.any():  # else nobody is asked for one
+                parts.rates.count(address, read=read)  # guessing is not free
+                raise
     if key is None:
         parts.rates.count(address, read=read)
         check_keyless(request, parts.settings)

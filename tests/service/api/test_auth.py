@@ -132,6 +132,7 @@ def test_refusals_are_problems(web: Client) -> None:
 
 def test_with_the_first_key_the_door_is_shut(web: Client, make_key: MakeKey, sessions: Sessions) -> None:
     assert web.get("/jobs").status_code == 200
+    assert web.get("/jobs", headers={"Authorization": "Bearer of another service"}).status_code == 200
     headers = make_key()
     missing = web.get("/jobs")
     refused(missing, 401, "key_missing")
