@@ -48,20 +48,21 @@ def up(
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
-    """Start broker, API and worker on this machine; Ctrl-C stops all three."""
+    """Start broker, API and workers on this machine; Ctrl-C stops them all."""
     from service.local import MissingExtraError, OpenToStrangersError, StackError, local_stack
     from service.settings import Settings
 
-    given = {"host": host, "port": port, "data_dir": data_dir}
+    given = {"host": host, "port": port, "data_dir": data_dir, "workers": workers}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
         signal.signal(end, _interrupt)
     try:
         with local_stack(
-            settings, lambda part: typer.echo(f"{part.name:<7} {part.address}  (log: {part.log})")
+            settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
         ) as stack:
-            typer.echo(f"ready   {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
+            typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
             stack.watch()
     except KeyboardInterrupt:
         typer.echo("stopped")

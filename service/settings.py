@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     queue_name: Annotated[str, Field(description="The broker's queues are called NAME.gpu and NAME.cpu.")] = "aquant"
 
     host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
+    workers: Annotated[
+        int | None, Field(ge=1, le=64, description="Workers that `aquant up` starts; else one for each GPU, or one.")
+    ] = None
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
 
     open: Annotated[
