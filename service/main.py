@@ -14,6 +14,7 @@ from sqlalchemy.orm import sessionmaker
 from service.api import error_page, events, health, jobs, metrics, openapi, problems, results, uploads
 from service.api.deliveries import Deliveries
 from service.api.deps import Parts
+from service.api.rates import Rates
 from service.api.requests import EveryRequest
 from service.api.watching import JobWatch
 from service.artifacts import open_artifacts
@@ -41,9 +42,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine = open_database(settings)
         sessions = sessionmaker(engine, expire_on_commit=False)
         queue = JobQueue(settings)
+        rates = Rates(settings)
         submitter = Submitter(settings, sessions, queue, artifacts)
         watch = JobWatch(sessions)
-        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry, watch)
+        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry, rates, watch)
         collector = metrics.ServiceCollector(sessions, queue)
         registry.register(collector)
         reaper = Reaper(settings, sessions, queue, artifacts)
@@ -60,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await asyncio.gather(*tasks, return_exceptions=True)
             await run_in_threadpool(reaper.stop)
             registry.unregister(collector)
+            rates.close()
             queue.close()
             engine.dispose()
             await run_in_threadpool(shut_down, tracing)

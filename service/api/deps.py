@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.api.rates import Rates
 from service.api.watching import JobWatch
 from service.artifacts import Artifacts
 from service.jobs.queue import JobQueue
@@ -26,6 +27,7 @@ class Parts:
     queue: JobQueue
     submitter: Submitter
     registry: CollectorRegistry
+    rates: Rates
     watch: JobWatch
 
 

@@ -9,16 +9,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from service.api.deps import Parts, PartsDep
+from service.api.auth import Owner, OwnerDep
+from service.api.deps import PartsDep
 from service.api.documents import describe
-from service.api.problems import responses
+from service.api.problems import REFUSALS, responses
+from service.api.watching import JobWatch
 from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import JobNotFoundError
-from service.jobs.events import JobEvents, is_last
+from service.jobs.events import is_last
 from service.jobs.records import EventRecord
-from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobEvent, JobProgress
 from service.jobs.states import FINISHED
 
@@ -56,7 +58,7 @@ class _News:
 
 @router.get(
     "/jobs/{job_id}/events",
-    response_class=EventSourceResponse,
+    response_class=StreamingResponse,  # FastAPI takes its own for that of a generator
     responses={
         200: {
             "description": "Events with an `id`: `state`, `stage` (data: `stage`) and `block` (a block that is "
@@ -65,11 +67,12 @@ class _News:
             "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
         },
         204: {"description": "The job has ended and the client knows: nothing will come, do not connect again"},
-        **responses("job_not_found", "request_invalid", "database_unavailable"),
+        **responses(*REFUSALS, "job_not_found", "request_invalid", "database_unavailable"),
     },
 )
 async def events(
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     last_event_id: Annotated[
         int | None,
@@ -83,21 +86,21 @@ async def events(
 ) -> Response:
     """Follow a job by server-sent events."""
     number = last_event_id or 0
-    news = await run_in_threadpool(_read, parts, job_id, number)
+    news = await run_in_threadpool(_read, owner, job_id, number)
     if news.ended and not news.events:
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(_stream(parts, job_id, number), headers=headers)
+    return EventSourceResponse(_stream(parts.watch, owner, job_id, number), headers=headers)
 
 
-async def _stream(parts: Parts, job_id: str, number: int) -> AsyncIterator[bytes]:
+async def _stream(watch: JobWatch, owner: Owner, job_id: str, number: int) -> AsyncIterator[bytes]:
     yield format_sse_event(retry=RETRY_MILLISECONDS)
     shown = JobProgress()
-    with parts.watch.on(job_id) as changed:
+    with watch.on(job_id) as changed:
         while True:
             changed.clear()
             try:
-                news = await run_in_threadpool(_read, parts, job_id, number)
+                news = await run_in_threadpool(_read, owner, job_id, number)
             except JobNotFoundError:
                 yield format_sse_event(event="deleted", data_str="{}")
                 return
@@ -120,10 +123,10 @@ async def _stream(parts: Parts, job_id: str, number: int) -> AsyncIterator[bytes
                     yield KEEPALIVE_COMMENT
 
 
-def _read(parts: Parts, job_id: str, number: int) -> _News:
-    with parts.sessions() as session:
-        job = JobRepository(session).get(job_id)
-        return _News(JobEvents(session).after(job_id, number, AT_A_TIME), describe(job).progress, job.state in FINISHED)
+def _read(owner: Owner, job_id: str, number: int) -> _News:
+    with owner.jobs() as jobs:
+        job, events = jobs.events_after(job_id, number, AT_A_TIME)
+        return _News(events, describe(job).progress, job.state in FINISHED)
 
 
 def _data(event: EventRecord) -> str:

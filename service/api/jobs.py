@@ -14,21 +14,31 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
 from aquant_core.config import QuantizationConfig
+from service.api.auth import Owner, OwnerDep
 from service.api.conditions import NOT_MODIFIED, IfNoneMatch, described, entity_tag, is_current
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.forms import REMEDY, FormStream, Part
 from service.api.openapi import SUBMISSION
-from service.api.problems import responses
+from service.api.problems import REFUSALS, responses
 from service.artifacts import ArtifactsDownError, Stored, blocks_prefix, job_prefix
 from service.jobs.errors import FormError, ServiceError, UploadTooLargeError
-from service.jobs.repository import JobRepository
+from service.jobs.owners import Room, check_queued
 from service.jobs.schemas import JobDocument, JobPage, JobRequest, WebhookRequest
-from service.jobs.states import JobState
-from service.jobs.submission import UPLOADS, Submission, Submitted, UploadName, faults_of, new_job_id, read_config
+from service.jobs.states import Device, JobState
+from service.jobs.submission import (
+    UPLOADS,
+    Submission,
+    Submitted,
+    UploadName,
+    faults_of,
+    new_job_id,
+    read_config,
+    read_device,
+)
 from service.logs import about
 
-router = APIRouter(tags=["jobs"], responses=responses("request_invalid", "database_unavailable"))
+router = APIRouter(tags=["jobs"], responses=responses(*REFUSALS, "request_invalid", "database_unavailable"))
 
 MAX_WAIT_SECONDS = 20.0
 MAX_FIELD_BYTES = 4096
@@ -58,7 +68,7 @@ _LOCATION = described(Location="The job's address.", Retry_After="Seconds after 
             "form_invalid", "content_type_unsupported", "model_format_unsupported", "upload_too_large", "upload_empty",
             "config_invalid", "model_invalid", "architecture_missing", "images_invalid", "upload_missing",
             "idempotency_key_reused", "idempotent_job_deleted", "webhook_refused", "request_invalid",
-            "database_unavailable", "artifacts_unavailable",
+            "job_quota_exceeded", "storage_quota_exceeded", "database_unavailable", "artifacts_unavailable", *REFUSALS,
         ),
     },
     openapi_extra=SUBMISSION,
@@ -67,6 +77,7 @@ async def submit(
     request: Request,
     response: Response,
     parts: PartsDep,
+    owner: OwnerDep,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -85,10 +96,11 @@ async def submit(
     submitted: Submitted | None = None
     try:
         if content_type is not None and content_type.partition(";")[0].strip().lower() == "application/json":
-            submission = await _read_json(job_id, request, idempotency_key, parts)
+            submission = await _read_json(job_id, request, owner, idempotency_key, parts.settings.max_config_bytes)
         else:
             form = FormStream(request.stream(), content_type)
-            submission = await _receive(job_id, form, idempotency_key, parts)
+            room = await run_in_threadpool(_room, owner, idempotency_key)
+            submission = await _receive(job_id, form, owner, idempotency_key, parts, room)
         with about(job_id=job_id):
             submitted = await run_in_threadpool(parts.submitter.submit, submission)
     except (ServiceError, ArtifactsDownError):
@@ -99,7 +111,7 @@ async def submit(
         if submitted is None or submitted.job_id != job_id:
             # Whatever went wrong, a lost connection included: nothing of it stays in the store.
             await asyncio.shield(run_in_threadpool(parts.artifacts.discard, job_prefix(job_id)))
-    document = await run_in_threadpool(_load, parts, submitted.job_id)
+    document = await run_in_threadpool(_load, owner, submitted.job_id)
     response.headers["Location"] = document.links.self
     if submitted.outcome == "reused":
         response.status_code = 200
@@ -110,9 +122,19 @@ async def submit(
     return document
 
 
-async def _read_json(job_id: str, request: Request, key: str | None, parts: Parts) -> Submission:
+def _room(owner: Owner, key: str | None) -> Room:
+    """What the owner may send: known before anything is stored, and decided when the row is put in."""
+    with owner.account() as account:
+        limits, usage = account.limits(), account.usage()
+    if key is not None and owner.has_used(key):  # what is sent will not be kept: the job is there
+        return Room(limits, None)
+    check_queued(limits, usage)
+    return Room(limits, usage)
+
+
+async def _read_json(job_id: str, request: Request, owner: Owner, key: str | None, limit: int) -> Submission:
     """A body that names files uploaded before."""
-    body, limit = b"", parts.settings.max_config_bytes
+    body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
@@ -127,12 +149,15 @@ async def _read_json(job_id: str, request: Request, key: str | None, parts: Part
         ) from error
     named = {"model": asked.model, "calibration": asked.calibration, "evaluation": asked.evaluation}
     references = {name: _read_reference(name, named[name] or "") for name in UPLOADS if named[name] is not None}
-    return Submission(job_id, asked.config, {}, references, asked.reuse, asked.webhook, key)
+    return Submission(job_id, owner.name, asked.config, asked.device, {}, references, asked.reuse, asked.webhook, key)
 
 
-async def _receive(job_id: str, form: FormStream, key: str | None, parts: Parts) -> Submission:
+async def _receive(
+    job_id: str, form: FormStream, owner: Owner, key: str | None, parts: Parts, room: Room
+) -> Submission:
     """Stream the form's files to the store; the config is checked as soon as it is there."""
     config: QuantizationConfig | None = None
+    device: Device | None = None
     files: dict[UploadName, Stored] = {}
     references: dict[UploadName, str] = {}
     reuse, webhook = False, None
@@ -143,19 +168,21 @@ async def _receive(job_id: str, form: FormStream, key: str | None, parts: Parts)
         seen.add(part.name)
         name = next((name for name in UPLOADS if name == part.name), None)
         if name is not None and part.is_file:
-            chunks = part.chunks(parts.settings.max_upload_bytes)
+            chunks = room.admit(part.chunks(room.limits.upload_bytes))
             files[name] = await parts.artifacts.put_stream(job_prefix(job_id) + name, chunks)
         elif name is not None:
             references[name] = _read_reference(name, await _text(part))
         elif part.name == "config":
             config = read_config(await part.content(parts.settings.max_config_bytes))
+        elif part.name == "device":
+            device = read_device(await part.content(MAX_FIELD_BYTES))
         elif part.name == "reuse":
             reuse = _read_flag(await _text(part))
         elif part.name == "webhook":
             webhook = _read_webhook(await _text(part))
         else:
             raise FormError(f"The form has a part {part.name!r}, which means nothing here.", REMEDY)
-    return Submission(job_id, config, files, references, reuse, webhook, key)
+    return Submission(job_id, owner.name, config, device, files, references, reuse, webhook, key)
 
 
 async def _text(part: Part) -> str:
@@ -201,16 +228,16 @@ def _read_webhook(text: str) -> WebhookRequest:
 def list_jobs(
     request: Request,
     response: Response,
-    parts: PartsDep,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    owner: OwnerDep,
+    limit: Annotated[int, Query(ge=1, le=100, description="Most jobs on a page.")] = 20,
     cursor: Annotated[str | None, Query(max_length=200, description="From the `next` link of a page.")] = None,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    with parts.sessions() as session:
-        repository = JobRepository(session)
+    with owner.jobs() as repository:
         page = repository.page(limit, cursor, state)
-        jobs = [describe(job, repository.queue_position(job)) for job in page.jobs]
+        workers = repository.devices()
+        jobs = [describe(job, repository.queue_position(job), workers) for job in page.jobs]
     following = None
     if page.cursor is not None:
         url = request.url.include_query_params(limit=limit, cursor=page.cursor)
@@ -233,6 +260,7 @@ def list_jobs(
 )
 async def show(
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     if_none_match: IfNoneMatch = None,
     wait: Annotated[
@@ -250,7 +278,7 @@ async def show(
     with parts.watch.on(job_id) if wait else contextlib.nullcontext(asyncio.Event()) as changed:
         while True:
             changed.clear()
-            document = await run_in_threadpool(_load, parts, job_id)
+            document = await run_in_threadpool(_load, owner, job_id)
             body = document.model_dump_json().encode()
             tag = entity_tag(hashlib.sha256(body).hexdigest()[:32])
             unchanged = is_current(if_none_match, tag)
@@ -271,10 +299,10 @@ async def show(
     status_code=202,
     responses=responses("job_not_found", "job_state_conflict", "request_invalid"),
 )
-def cancel(parts: PartsDep, job_id: str) -> JobDocument:
+def cancel(parts: PartsDep, owner: OwnerDep, job_id: str) -> JobDocument:
     """Stop a job: a queued one at once, a running one at its next step."""
-    with parts.sessions.begin() as session:
-        document = describe(JobRepository(session).cancel(job_id))
+    with owner.jobs() as jobs:
+        document = describe(jobs.cancel(job_id))
     if document.finished:  # it was between two attempts: no worker will clear up
         parts.artifacts.discard(blocks_prefix(job_id))
     return document
@@ -283,15 +311,14 @@ def cancel(parts: PartsDep, job_id: str) -> JobDocument:
 @router.delete(
     "/jobs/{job_id}", status_code=204, responses=responses("job_not_found", "job_state_conflict", "request_invalid")
 )
-def delete(parts: PartsDep, job_id: str) -> None:
+def delete(parts: PartsDep, owner: OwnerDep, job_id: str) -> None:
     """Remove a job and its files; one that is running must be cancelled first (409)."""
-    with parts.sessions.begin() as session:
-        JobRepository(session).delete(job_id)
+    with owner.jobs() as jobs:
+        jobs.delete(job_id)
     parts.artifacts.discard(job_prefix(job_id))  # what stays is the reaper's
 
 
-def _load(parts: Parts, job_id: str) -> JobDocument:
-    with parts.sessions() as session:
-        repository = JobRepository(session)
-        job = repository.get(job_id)
-        return describe(job, repository.queue_position(job))
+def _load(owner: Owner, job_id: str) -> JobDocument:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
+        return describe(job, jobs.queue_position(job), jobs.devices())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from service.jobs.schemas import JobRequest
+from service.jobs.states import Device
 
 _SCHEMAS = "#/components/schemas/"
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -36,6 +37,11 @@ SUBMISSION: dict[str, Any] = {
                         "model": _file("ONNX, or a safetensors or .pth state dict."),
                         "calibration": _file("Images (N, C, H, W): .npz (`images`, `labels`), .npy ..."),
                         "evaluation": _file("Labelled images to measure accuracy on."),
+                        "device": {
+                            "type": "string",
+                            "enum": list(get_args(Device)),
+                            "description": "What it is to run on; without it whichever is free first.",
+                        },
                         "reuse": {
                             "type": "boolean",
                             "description": "If a job with the same config and files has succeeded, answer with that "
@@ -111,7 +117,9 @@ _EXAMPLES: dict[str, Any] = {
     "Health": {
         "status": "ok",
         "checks": {"database": "ok", "artifacts": "ok", "broker": "ok", "workers": "1 alive"},
-        "workers": [{"name": "worker@host", "seconds_since_seen": 1.2, "alive": True}],
+        "workers": [
+            {"name": "worker@host", "device": "cpu", "detail": "2 cores", "seconds_since_seen": 1.2, "alive": True}
+        ],
     },
 }
 

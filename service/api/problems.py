@@ -34,6 +34,17 @@ FRAMEWORK = {
 }
 """Code and remedy of what the framework refuses by itself."""
 
+REFUSALS = (
+    "key_missing",
+    "key_invalid",
+    "key_scope_insufficient",
+    "keys_required",
+    "host_refused",
+    "origin_refused",
+    "rate_limited",
+)
+"""What every call but the public ones may be answered with (``service.api.auth``)."""
+
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's entries for the problems that a call may answer with: one for each status, an example for each code."""
@@ -80,7 +91,7 @@ def _respond(document: Problem, headers: Mapping[str, str] | None) -> Response:
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     _note(request, error.code, error.detail)
-    return problem(error.code, error.detail, error.remedy, **error.members)
+    return problem(error.code, error.detail, error.remedy, error.headers, **error.members)
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from service.api.auth import Owner, OwnerDep
 from service.api.conditions import (
     NOT_MODIFIED,
     IfNoneMatch,
@@ -19,16 +20,22 @@ from service.api.conditions import (
     is_current,
     repr_digest,
 )
-from service.api.deps import Parts, PartsDep
-from service.api.problems import problem, responses
+from service.api.deps import PartsDep
+from service.api.problems import REFUSALS, problem, responses
 from service.jobs.errors import ArtifactNotReadyError
-from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
-_PROBLEMS = responses(
-    "job_not_found", "artifact_not_ready", "request_invalid", "database_unavailable", "artifacts_unavailable"
+router = APIRouter(
+    tags=["results"],
+    responses=responses(
+        *REFUSALS,
+        "job_not_found",
+        "artifact_not_ready",
+        "request_invalid",
+        "database_unavailable",
+        "artifacts_unavailable",
+    ),
 )
-router = APIRouter(tags=["results"], responses=_PROBLEMS)
 
 _HEADERS = described(
     ETag="The sha256 of the whole file, in hex and quotes.",
@@ -65,9 +72,9 @@ class _File:
         **NOT_MODIFIED,
     },
 )
-async def report(parts: PartsDep, job_id: str, if_none_match: IfNoneMatch = None) -> Response:
+async def report(parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: IfNoneMatch = None) -> Response:
     """The accuracy report of a job that succeeded."""
-    file = await run_in_threadpool(_find, parts, job_id, "report")
+    file = await run_in_threadpool(_find, owner, job_id, "report")
     if is_current(if_none_match, file.etag):
         return Response(status_code=304, headers=file.headers)
     body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
@@ -93,6 +100,7 @@ def _file_responses(what: str) -> dict[int | str, dict[str, Any]]:
 async def checkpoint(
     request: Request,
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     range: Annotated[
         str | None, Header(alias="Range", description="One range of bytes; of several, all are sent.")
@@ -103,7 +111,7 @@ async def checkpoint(
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded (safetensors); its ETag is the sha256 of its bytes."""
-    file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
     headers = {
         **file.headers,
         "Accept-Ranges": "bytes",
@@ -147,9 +155,9 @@ _REMEDY = {
 }
 
 
-def _find(parts: Parts, job_id: str, name: str) -> _File:
-    with parts.sessions() as session:
-        job = JobRepository(session).get(job_id)
+def _find(owner: Owner, job_id: str, name: str) -> _File:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
         artifact = job.artifact(name)
         if artifact is None:
             raise ArtifactNotReadyError(

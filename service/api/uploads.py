@@ -17,11 +17,12 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from service.api.auth import Owner, OwnerDep
 from service.api.conditions import described
 from service.api.deps import Parts, PartsDep
 from service.api.forms import DRAIN_BYTES
-from service.api.problems import responses
-from service.artifacts import ArtifactsDownError, Stored, upload_prefix
+from service.api.problems import REFUSALS, responses
+from service.artifacts import Artifacts, ArtifactsDownError, Stored, upload_prefix
 from service.jobs.errors import (
     ContentRangeError,
     DigestMismatchError,
@@ -29,14 +30,13 @@ from service.jobs.errors import (
     UploadEmptyError,
     UploadNotFoundError,
     UploadOffsetError,
-    UploadTooLargeError,
 )
 from service.jobs.records import UploadRecord
 from service.jobs.schemas import UploadDocument
-from service.jobs.uploads import UploadRepository
 
 router = APIRouter(
-    tags=["uploads"], responses=responses("request_invalid", "database_unavailable", "artifacts_unavailable")
+    tags=["uploads"],
+    responses=responses(*REFUSALS, "request_invalid", "database_unavailable", "artifacts_unavailable"),
 )
 
 PIECE_BYTES = 32 * 1024 * 1024
@@ -85,6 +85,7 @@ async def put_upload(
     request: Request,
     response: Response,
     parts: PartsDep,
+    owner: OwnerDep,
     sha256: Digest,
     content_range: Annotated[
         str | None,
@@ -101,16 +102,11 @@ async def put_upload(
     body = _Body(request.stream())
     try:
         wanted = _read_range(content_range, content_length)
-        if wanted.size > parts.settings.max_upload_bytes:
-            raise UploadTooLargeError(
-                f"{wanted.size} bytes are more than the {parts.settings.max_upload_bytes} this service takes.",
-                "Send a smaller file, or have the operator raise AQUANT_MAX_UPLOAD_BYTES.",
-            )
-        upload = await run_in_threadpool(_begin, parts, sha256, wanted.size)
+        upload = await run_in_threadpool(_begin, owner, sha256, wanted.size)
         if upload.key is not None:
             await body.drain()
             return _describe(parts, upload, response)
-        upload = await _Receiver(parts, sha256).receive(upload, wanted, body)
+        upload = await _Receiver(parts.artifacts, owner, sha256).receive(upload, wanted, body)
     except (ServiceError, ArtifactsDownError):
         await body.drain()
         raise
@@ -124,10 +120,10 @@ async def put_upload(
     "/uploads/{sha256}",
     responses={200: {"description": "Where it stands", "headers": _HEADERS}, **responses("upload_not_found")},
 )
-def get_upload(response: Response, parts: PartsDep, sha256: Digest) -> UploadDocument:
+def get_upload(response: Response, parts: PartsDep, owner: OwnerDep, sha256: Digest) -> UploadDocument:
     """Tell how far an upload is."""
-    with parts.sessions() as session:
-        return _describe(parts, UploadRepository(session, None).get(sha256), response)
+    with owner.uploads() as uploads:
+        return _describe(parts, uploads.get(sha256), response)
 
 
 router.head(
@@ -140,10 +136,10 @@ router.head(
 
 
 @router.delete("/uploads/{sha256}", status_code=204, responses=responses("upload_not_found", "upload_in_use"))
-def delete_upload(parts: PartsDep, sha256: Digest) -> None:
+def delete_upload(parts: PartsDep, owner: OwnerDep, sha256: Digest) -> None:
     """Remove an upload, complete or not, that no job uses."""
-    with parts.sessions.begin() as session:
-        upload = UploadRepository(session, None).delete(sha256)
+    with owner.uploads() as uploads:
+        upload = uploads.delete(sha256)
     parts.artifacts.discard(upload_prefix(upload.place))
 
 
@@ -183,8 +179,8 @@ class _Body:
 class _Receiver:
     """Takes in one request's bytes of an upload."""
 
-    def __init__(self, parts: Parts, sha256: str) -> None:
-        self._parts, self._sha256 = parts, sha256
+    def __init__(self, artifacts: Artifacts, owner: Owner, sha256: str) -> None:
+        self._artifacts, self._owner, self._sha256 = artifacts, owner, sha256
 
     async def receive(self, upload: UploadRecord, wanted: _Range, body: _Body) -> UploadRecord:
         """Store what is new of the body; the upload as it is then.
@@ -204,7 +200,7 @@ class _Receiver:
         while upload.offset < wanted.stop and await body.more():
             key = self._new_key(upload, f"{upload.offset:018d}")
             count = min(PIECE_BYTES, wanted.stop - upload.offset)
-            stored = await self._parts.artifacts.put_stream(key, body.take(count))
+            stored = await self._artifacts.put_stream(key, body.take(count))
             upload = await run_in_threadpool(self._advance, upload, stored)
         if not body.broken and await body.more():
             raise ContentRangeError("The body is longer than its Content-Range.", _RANGE_REMEDY)
@@ -221,10 +217,10 @@ class _Receiver:
 
             async def joined() -> AsyncIterator[bytes]:
                 for key, size in pieces:
-                    async for chunk in await self._parts.artifacts.stream(key, 0, size):
+                    async for chunk in await self._artifacts.stream(key, 0, size):
                         yield chunk
 
-            last = await self._parts.artifacts.put_stream(self._new_key(upload, "whole"), joined())
+            last = await self._artifacts.put_stream(self._new_key(upload, "whole"), joined())
         return await run_in_threadpool(self._complete, upload, last)
 
     def _new_key(self, upload: UploadRecord, name: str) -> str:
@@ -232,42 +228,39 @@ class _Receiver:
         return f"{upload_prefix(upload.place)}{name}-{secrets.token_hex(4)}"
 
     def _advance(self, upload: UploadRecord, stored: Stored) -> UploadRecord:
-        with self._parts.sessions.begin() as session:
-            repository = UploadRepository(session, None)
-            if repository.advance(upload, stored.size, stored.key):
-                return repository.get(self._sha256)
-        self._parts.artifacts.discard_objects([stored.key])
-        with self._parts.sessions() as session:
-            offset = UploadRepository(session, None).get(self._sha256).offset
+        with self._owner.uploads() as uploads:
+            if uploads.advance(upload, stored.size, stored.key):
+                return uploads.get(self._sha256)
+        self._artifacts.discard_objects([stored.key])
+        with self._owner.uploads() as uploads:
+            offset = uploads.get(self._sha256).offset
         raise UploadOffsetError(f"Another request has added to {self._sha256} meanwhile.", offset)
 
     def _pieces(self, upload: UploadRecord) -> list[tuple[str, int]]:
-        with self._parts.sessions() as session:
-            return [(piece.key, piece.size) for piece in UploadRepository(session, None).pieces(upload)]
+        with self._owner.uploads() as uploads:
+            return [(piece.key, piece.size) for piece in uploads.pieces(upload)]
 
     def _complete(self, upload: UploadRecord, whole: Stored) -> UploadRecord:
         """Check the file and make it the upload's, or delete all of it."""
-        artifacts, prefix = self._parts.artifacts, upload_prefix(upload.place)
         if whole.sha256 != self._sha256:
-            with self._parts.sessions.begin() as session:
-                UploadRepository(session, None).give_up(upload)
-            artifacts.discard(prefix)
+            with self._owner.uploads() as uploads:
+                uploads.give_up(upload)
+            self._artifacts.discard(upload_prefix(upload.place))
             raise DigestMismatchError(
                 f"The {whole.size} bytes have the sha256 {whole.sha256}, not {self._sha256}; they have been deleted.",
                 "Compute the digest of the file again, and send it from the first byte.",
             )
-        with self._parts.sessions.begin() as session:
-            repository = UploadRepository(session, None)
-            pieces = [piece.key for piece in repository.pieces(upload)]
-            done = repository.complete(upload, whole.key)
-            upload = repository.get(self._sha256)
-        artifacts.discard_objects([key for key in (pieces if done else [whole.key]) if key != upload.key])
+        with self._owner.uploads() as uploads:
+            pieces = [piece.key for piece in uploads.pieces(upload)]
+            done = uploads.complete(upload, whole.key)
+            upload = uploads.get(self._sha256)
+        self._artifacts.discard_objects([key for key in (pieces if done else [whole.key]) if key != upload.key])
         return upload
 
 
-def _begin(parts: Parts, sha256: str, size: int) -> UploadRecord:
-    with parts.sessions.begin() as session:
-        return UploadRepository(session, None).begin(sha256, size)
+def _begin(owner: Owner, sha256: str, size: int) -> UploadRecord:
+    with owner.uploads() as uploads:
+        return uploads.begin(sha256, size)
 
 
 def _read_range(content_range: str | None, content_length: str | None) -> _Range:

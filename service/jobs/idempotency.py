@@ -14,13 +14,19 @@ from sqlalchemy.orm import Session
 from service.jobs.errors import IdempotencyKeyReusedError, IdempotentJobDeletedError
 from service.jobs.records import IdempotencyRecord, JobRecord
 from service.jobs.repository import now
+from service.settings import Settings
 
 
 class IdempotencyKeys:
     """One owner's keys, within one session."""
 
-    def __init__(self, session: Session, owner: str | None, kept_for: timedelta) -> None:
-        self._session, self._owner, self._kept_for = session, owner, kept_for
+    def __init__(self, session: Session, settings: Settings, owner: str | None) -> None:
+        self._session, self._owner = session, owner
+        self._kept_for = timedelta(seconds=settings.idempotency_seconds)
+
+    def has(self, key: str) -> bool:
+        """Whether this key stands for a job."""
+        return self._find(key) is not None
 
     def job_of(self, key: str, fingerprint: str) -> str | None:
         """The job that came of this key; None if it has not been used, or so long ago that it is forgotten.
@@ -29,8 +35,8 @@ class IdempotencyKeys:
             IdempotencyKeyReusedError: it was used for something else.
             IdempotentJobDeletedError: the job is gone.
         """
-        record = self._session.get(IdempotencyRecord, self._id(key), populate_existing=True)
-        if record is None or record.created_at < now() - self._kept_for:
+        record = self._find(key)
+        if record is None:
             return None
         if record.fingerprint != fingerprint:
             raise IdempotencyKeyReusedError(
@@ -57,6 +63,10 @@ class IdempotencyKeys:
             IdempotencyRecord(id=identity, owner=self._owner, fingerprint=fingerprint, job_id=job_id, created_at=now())
         )
         self._session.flush()
+
+    def _find(self, key: str) -> IdempotencyRecord | None:
+        record = self._session.get(IdempotencyRecord, self._id(key), populate_existing=True)
+        return record if record is not None and record.created_at >= now() - self._kept_for else None
 
     def _id(self, key: str) -> str:
         return hashlib.sha256(f"{self._owner or ''}\0{key}".encode()).hexdigest()

@@ -69,6 +69,52 @@ KINDS: dict[str, Kind] = {
         "The `Range` asked for begins beyond the end of the file.",
         "`Content-Range` of the answer has the file's size; ask for a range inside it.",
     ),
+    # Who asks, and for how much.
+    "key_missing": _answer(
+        401,
+        "This call needs an API key, and the request has none.",
+        "Send `Authorization: Bearer KEY`. The operator makes keys with `aquant keys create`.",
+    ),
+    "key_invalid": _answer(
+        401,
+        "The request's API key is not one of this service, or has expired or been revoked.",
+        "Check that it was copied whole, or have the operator make another with `aquant keys create`.",
+    ),
+    "key_scope_insufficient": _answer(
+        403,
+        "The request's API key is for something else: one for metrics does not submit jobs, and the reverse.",
+        "Use another key; the operator makes them with `aquant keys create`, with `--metrics` for metrics.",
+    ),
+    "keys_required": _answer(
+        403,
+        "The service has no API keys, and so answers its own machine alone.",
+        "Its operator makes the first key with `aquant keys create`, or sets `AQUANT_OPEN=true`.",
+    ),
+    "host_refused": _answer(
+        403,
+        "A service without API keys was called by a name that may be someone else's.",
+        "Call it by its address or as localhost, or have the operator add the name to `AQUANT_HOSTS`.",
+    ),
+    "origin_refused": _answer(
+        403,
+        "A page of another site wants to change something in a service without API keys.",
+        "Send the request from a page of the service itself, or from a program.",
+    ),
+    "rate_limited": _answer(
+        429,
+        "Too many requests within a minute, by this owner or, without keys, from this address.",
+        "Wait for `Retry-After`. Follow jobs with `?wait=20` or their event stream instead of asking often.",
+    ),
+    "job_quota_exceeded": _answer(
+        429,
+        "As many jobs of this owner wait as may; `limit` and `used` say how many.",
+        "Wait for `Retry-After` or until one has begun, or cancel one.",
+    ),
+    "storage_quota_exceeded": _answer(
+        403,
+        "This owner's files would take more than they may; `limit` and `used` are bytes.",
+        "Delete jobs and uploads that are no longer needed, or ask the operator for a higher limit.",
+    ),
     # Submitting.
     "form_invalid": _answer(
         400,
@@ -226,6 +272,18 @@ KINDS: dict[str, Kind] = {
     "time_limit_exceeded": _job(
         "The job ran for longer than this deployment allows.",
         "Choose a smaller preset or fewer iterations, or have the operator raise `AQUANT_JOB_SECONDS`.",
+    ),
+    "memory_limit_exceeded": _job(
+        "The job took more memory than this deployment gives it.",
+        "Send fewer images or a smaller network, or have the operator raise `AQUANT_JOB_MEMORY_BYTES`.",
+    ),
+    "gpu_memory_exceeded": _job(
+        "The GPU's memory does not do for this job.",
+        "Submit it with `device` cpu, or have the operator lower `AQUANT_DEVICE_MEMORY_BYTES`.",
+    ),
+    "gpu_lost": _job(
+        "The GPU broke down while it ran this job, in every attempt.",
+        "Submit it again; the operator finds the GPU's error in the worker's log.",
     ),
     "worker_lost": _job(
         "The worker stopped without a word, in every attempt; most often it ran out of memory.",

@@ -8,8 +8,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
 from sqlalchemy.exc import IntegrityError
@@ -17,15 +16,17 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
 from service.artifacts import Artifacts, Stored
+from service.jobs.announcement import announce
 from service.jobs.errors import ConfigError, FormError, UploadEmptyError, UploadMissingError
 from service.jobs.idempotency import IdempotencyKeys
 from service.jobs.image_files import check_images
 from service.jobs.model_files import check_model
+from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import WebhookRequest
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 from service.jobs.uploads import UploadRepository
 from service.jobs.webhooks import new_webhook
 from service.logs import what_about
@@ -50,7 +51,9 @@ class Submission:
 
     Attributes:
         job_id: the id the job is to have.
+        owner: whose it is to be.
         config: what is to be done.
+        device: what it is to run on, if it matters.
         files: those sent along; they are already in the store, under the job's prefix.
         references: sha256 in hex of those uploaded before.
         reuse: whether a job that did the same work will do as well.
@@ -59,7 +62,9 @@ class Submission:
     """
 
     job_id: str
+    owner: str | None
     config: QuantizationConfig | None
+    device: Device | None
     files: Mapping[UploadName, Stored]
     references: Mapping[UploadName, str]
     reuse: bool = False
@@ -103,14 +108,16 @@ class Submitter:
                 )
         webhook = None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_allow)
         with self._sessions.begin() as session:
-            files = {**submission.files, **_take(UploadRepository(session, None), submission.references)}
+            files = {**submission.files, **_take(self._uploads(session, submission), submission.references)}
         job = JobRecord(
             id=submission.job_id,
+            owner=submission.owner,
             state=JobState.QUEUED,
+            device=submission.device,
             config=config.model_dump(mode="json"),
             created_at=now(),
             origin={"request_id": what_about().get("request_id"), **carrier()},
-            fingerprint=_fingerprint(config, files),
+            fingerprint=_fingerprint(config, submission.device, files),
             attempt=0,
             webhook=webhook,
             artifacts=[
@@ -137,17 +144,19 @@ class Submitter:
         """Add the job, unless another is the answer; all in one transaction."""
         key, asked = submission.idempotency_key, _digest_of_request(submission, job)
         with self._sessions.begin() as session:
-            keys = IdempotencyKeys(session, None, timedelta(seconds=self._settings.idempotency_seconds))
+            keys = IdempotencyKeys(session, self._settings, submission.owner)
             if key is not None and (known := keys.job_of(key, asked)) is not None:
                 return Submitted(known, "replayed")
-            repository = JobRepository(session)
+            repository = JobRepository(session).of(submission.owner)
             if submission.reuse and (same := repository.same_work(job.fingerprint or "")) is not None:
                 if key is not None:
                     keys.add(key, asked, same.id)
                 return Submitted(same.id, "reused")
+            sent = sum(stored.size for stored in submission.files.values())
+            Account(session, self._settings, submission.owner).check_job(sent)
             if key is not None:
                 keys.add(key, asked, job.id)
-            taken = _take(UploadRepository(session, None), submission.references)
+            taken = _take(self._uploads(session, submission), submission.references)
             for name, stored in taken.items():  # as they were when they were checked
                 if stored.key not in {artifact.key for artifact in job.artifacts}:
                     raise UploadMissingError(name, stored.sha256)
@@ -157,13 +166,13 @@ class Submitter:
     def _announce(self, job_id: str) -> None:
         log.info("job %s is queued", job_id)
         try:
-            self._queue.announce(job_id)
+            announce(job_id, self._sessions, self._queue)
         except QueueDownError as error:
             # The row is in, so the job is accepted; the reaper announces it when the broker is back.
             log.warning("job %s is queued but not announced yet: %s", job_id, error)
-        else:
-            with self._sessions.begin() as session:
-                JobRepository(session).note_announced(job_id)
+
+    def _uploads(self, session: Session, submission: Submission) -> UploadRepository:
+        return UploadRepository(session, self._settings, submission.owner)
 
     def _check(self, name: UploadName, stored: Stored, config: QuantizationConfig) -> str:
         if stored.size == 0:
@@ -172,6 +181,20 @@ class Submitter:
             if name == "model":
                 return check_model(file, stored.size, config.architecture)
             return check_images(file, stored.size, name, self._settings.max_unpacked_bytes)
+
+
+def read_device(text: bytes) -> Device:
+    """The device a job asks for.
+
+    Raises:
+        FormError: there is none of this name.
+    """
+    for device in get_args(Device):
+        if text.decode(errors="replace").strip() == device:
+            return cast(Device, device)
+    raise FormError(
+        f"`device` is {text[:40].decode(errors='replace')!r}.", "Say gpu or cpu, or leave it out to take either."
+    )
 
 
 def read_config(text: bytes) -> QuantizationConfig:
@@ -205,10 +228,10 @@ def _take(uploads: UploadRepository, references: Mapping[UploadName, str]) -> di
     return taken
 
 
-def _fingerprint(config: QuantizationConfig, files: Mapping[UploadName, Stored]) -> str:
-    """The same for all jobs that do the same work; what is as by default may be said or not."""
+def _fingerprint(config: QuantizationConfig, device: Device | None, files: Mapping[UploadName, Stored]) -> str:
+    """The same for all jobs that are to do the same work; what is as by default may be said or not."""
     digests = {name: stored.sha256 for name, stored in files.items()}
-    return _digest([config.model_dump(mode="json", exclude_defaults=True), digests])
+    return _digest([config.model_dump(mode="json", exclude_defaults=True), device, digests])
 
 
 def _digest_of_request(submission: Submission, job: JobRecord) -> str:

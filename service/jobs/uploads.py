@@ -16,16 +16,18 @@ from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service.jobs.errors import ContentRangeError, UploadInUseError, UploadNotFoundError
+from service.jobs.errors import ContentRangeError, UploadInUseError, UploadNotFoundError, UploadTooLargeError
+from service.jobs.owners import Account
 from service.jobs.records import ArtifactRecord, UploadPieceRecord, UploadRecord
 from service.jobs.repository import now
+from service.settings import Settings
 
 
 class UploadRepository:
     """One owner's uploads, within one session."""
 
-    def __init__(self, session: Session, owner: str | None) -> None:
-        self._session, self._owner = session, owner
+    def __init__(self, session: Session, settings: Settings, owner: str | None) -> None:
+        self._session, self._settings, self._owner = session, settings, owner
 
     def get(self, sha256: str) -> UploadRecord:
         """The upload of this digest.
@@ -43,9 +45,19 @@ class UploadRepository:
 
         Raises:
             ContentRangeError: it was begun with another size.
+            UploadTooLargeError: it is larger than this owner may send.
+            StorageQuotaError: there is no room for it; a file takes its room from its first byte on.
         """
         upload = self._find(sha256)
         if upload is None:
+            account = Account(self._session, self._settings, self._owner)
+            most = account.limits().upload_bytes
+            if size > most:
+                raise UploadTooLargeError(
+                    f"{size} bytes are more than the {most} this service takes.",
+                    "Send a smaller file, or have the operator raise AQUANT_MAX_UPLOAD_BYTES.",
+                )
+            account.check_upload(size)
             at = now()
             try:
                 with self._session.begin_nested():

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0005_http"
-down_revision = "0002_observability"
+down_revision = "0004_keys"
 branch_labels = None
 depends_on = None
 
