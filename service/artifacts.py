@@ -31,6 +31,9 @@ CHUNK_BYTES = 5 * 1024 * 1024
 READ_BYTES = 4 * 1024 * 1024
 """Piece of a streamed read: a request of its own, so that no reader is too slow for a request's time limit."""
 
+UPLOADS = "uploads/"
+"""Where resumable uploads are kept; each is of one owner, and may be of several jobs."""
+
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Variables that name an S3 server other than Amazon's."""
 
@@ -362,4 +365,4 @@ def blocks_prefix(job_id: str) -> str:
 
 def upload_prefix(place: str) -> str:
     """Where everything of one resumable upload is kept."""
-    return f"uploads/{place}/"
+    return f"{UPLOADS}{place}/"

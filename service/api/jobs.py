@@ -22,11 +22,12 @@ from service.api.forms import REMEDY, FormStream, Part
 from service.api.openapi import SUBMISSION
 from service.api.problems import REFUSALS, responses
 from service.artifacts import ArtifactsDownError, Stored, blocks_prefix, job_prefix
-from service.jobs.errors import FormError, ServiceError, UploadTooLargeError
+from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
 from service.jobs.schemas import JobDocument, JobPage, JobRequest, WebhookRequest
 from service.jobs.states import Device, JobState
 from service.jobs.submission import (
+    CONFIG_REMEDY,
     UPLOADS,
     Submission,
     Submitted,
@@ -144,6 +145,8 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
     try:
         asked = JobRequest.model_validate_json(body)
     except ValidationError as error:
+        if all(fault["loc"][:1] == ("config",) for fault in error.errors()):
+            raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
         raise FormError(
             f"The body is no job: {faults_of(error)}.", "See JobRequest in /docs; files are named as sha256:DIGEST."
         ) from error
