@@ -70,17 +70,23 @@ class Deliveries:
         try:
             while True:
                 try:
-                    await self.round()
+                    while await self.round():
+                        pass
                 except SQLAlchemyError as error:
                     log.warning("webhooks wait for the database: %s", error)
                 await asyncio.sleep(POLL_SECONDS)
         finally:
-            await self._http.aclose()
+            await self.close()
 
-    async def round(self) -> None:
-        """Try everything that is due."""
-        while jobs := await run_in_threadpool(self._claim):
-            await asyncio.gather(*map(self._deliver, jobs))
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self._http.aclose()
+
+    async def round(self) -> bool:
+        """Try some of what is due; whether there was any."""
+        jobs = await run_in_threadpool(self._claim)
+        await asyncio.gather(*map(self._deliver, jobs))
+        return bool(jobs)
 
     def _claim(self) -> Sequence[JobRecord]:
         with self._sessions.begin() as session:
@@ -97,6 +103,9 @@ class Deliveries:
                 await run_in_threadpool(self._fail, webhook, DeliveryError(f"no answer in {DELIVERY_SECONDS:.0f} s"))
             except DeliveryError as error:
                 await run_in_threadpool(self._fail, webhook, error)
+            except Exception as error:  # what one message meets must not keep the others
+                log.exception("the webhook of job %s met an error nobody foresaw", job.id)
+                await run_in_threadpool(self._fail, webhook, DeliveryError(type(error).__name__))
             else:
                 await run_in_threadpool(self._succeed, webhook)
 

@@ -143,7 +143,7 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
                 f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
             )
     try:
-        asked = JobRequest.model_validate_json(body)
+        asked = JobRequest.model_validate_json(body, strict=True)
     except ValidationError as error:
         if all(fault["loc"][:1] == ("config",) for fault in error.errors()):
             raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error

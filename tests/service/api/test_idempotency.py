@@ -48,9 +48,13 @@ def jobs(web: Client, headers: dict[str, str] | None = None) -> list[str]:
 
 @every_database
 def test_the_same_request_twice_is_one_job(
-    web: Client, send: Send, artifacts: Artifacts, queue: JobQueue, serve: Callable[..., AbstractContextManager[Client]],
+    web: Client,
+    send: Send,
+    artifacts: Artifacts,
+    queue: JobQueue,
+    serve: Callable[[FastAPI], AbstractContextManager[Client]],
     settings: Settings,
-) -> None:  # fmt: skip
+) -> None:
     first, other = send(web, "a-key"), send(web, "another")
     assert (first.status_code, "idempotency-replayed" in first.headers) == (202, False)
     with serve(create_app(settings)) as restarted:

@@ -52,7 +52,9 @@ def put(web: Client, start: int, stop: int, data: bytes = DATA, **headers: str) 
     )
 
 
-def test_pieces_make_the_file_also_after_a_restart(web: Client, settings: Settings, serve: Serve, artifacts: Artifacts) -> None:  # fmt: skip
+def test_pieces_make_the_file_also_after_a_restart(
+    web: Client, settings: Settings, serve: Serve, artifacts: Artifacts
+) -> None:
     first = put(web, 0, 400_000)
     assert (first.status_code, first.json()["offset"], first.json()["complete"]) == (202, 400_000, False)
     assert first.headers["upload-offset"] == "400000"
