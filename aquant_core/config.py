@@ -44,7 +44,8 @@ class BorderConfig(_Strict):
     ``stretched``: 2.5 (sigmoid(v) - 1/2) clipped, ``clip``: section 4.2's own). ``fusion``: ``channel_mean``
     is Eq. 9. ``alpha``: Eq. 9's weights, 1 or learned. ``granularity``: one border per im2col ``position``
     (the paper) or per input ``channel``. ``input_gradient``: whether the border's own dependence on its input
-    carries gradient.
+    carries gradient. ``bits``: in which each of its parameters is stored, and to which it is rounded when its block
+    is finished: 16 (the paper, section 5.3) or 8.
     """
 
     form: Literal["quadratic", "linear"] = "quadratic"
@@ -59,6 +60,9 @@ class BorderConfig(_Strict):
     alpha: Literal["fixed", "learned"] = "fixed"
     granularity: Literal["position", "channel"] = "position"
     input_gradient: bool = True
+    bits: Annotated[
+        Literal[16, 8], Field(description="In which each of its parameters is stored: fp16, or 8 bits with a step.")
+    ] = 16
 
     @model_validator(mode="after")
     def _refuse_meaningless(self) -> Self:

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aquant_core import checkpoint, quantizers
+from aquant_core import checkpoint, checkpoint_torch, quantizers
 from aquant_core.architectures import build
-from aquant_core.checkpoint import load, pack_codes, unpack_codes
+from aquant_core.checkpoint_torch import load
 from aquant_core.config import Method, QuantizationConfig
 from aquant_core.errors import CheckpointError
+from aquant_core.encoding import pack_codes, unpack_codes
 from aquant_core.evaluation import logits_digest, logits_of
 from aquant_core.images import ImageSet
 from aquant_core.model import QuantizedModel
@@ -131,7 +132,7 @@ def test_what_is_loaded_gives_the_same_logits(tmp_path: Path, changes: dict[str,
 def test_a_loaded_network_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
     _, document = header_of(saved)
     about = {key: document[key] for key in ABOUT}
-    checkpoint.save(load(saved), tmp_path / "again.safetensors", about)
+    checkpoint_torch.save(load(saved), tmp_path / "again.safetensors", about)
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
 
 
@@ -161,7 +162,7 @@ def test_quantized_values_come_back(saved_outputs: Path) -> None:
     assert model.quantizers["input.quantize"].zero_point == 0  # the images are not negative
     assert not any(name.endswith(".input_scale") for name in tensors)
     again = saved_outputs.with_name("again.safetensors")
-    checkpoint.save(model, again, {key: document[key] for key in ABOUT})
+    checkpoint_torch.save(model, again, {key: document[key] for key in ABOUT})
     assert again.read_bytes() == saved_outputs.read_bytes()
 
 
@@ -365,6 +366,6 @@ def test_a_failed_write_leaves_the_old_file(saved: Path, tmp_path: Path) -> None
     path = tmp_path / "q.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(TypeError):
-        checkpoint.save(load(saved), path, {"unwritable": object()})
+        checkpoint_torch.save(load(saved), path, {"unwritable": object()})
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
