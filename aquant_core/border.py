@@ -45,8 +45,8 @@ class Border(nn.Module):
         if self.alpha is not None:
             self.alpha.clamp_(0, 1)
 
-    def stored(self) -> dict[str, np.ndarray]:
-        """The parameters as they are stored (``encoding.encode_border``)."""
+    def stored(self) -> tuple[dict[str, np.ndarray], list[float]]:
+        """The parameters as they are stored, and their steps (``encoding.encode_border``)."""
         alpha = None if self.alpha is None else self.alpha.detach().cpu().numpy()
         return encode_border(self.coefficients.detach().cpu().numpy(), alpha, self.bits)
 
@@ -60,4 +60,4 @@ class Border(nn.Module):
 
     def round_to_stored(self) -> None:
         """Rounds the parameters, so that what is stored is what was evaluated."""
-        self.restore(*decode_border(self.stored()))
+        self.restore(*decode_border(*self.stored()))

@@ -31,12 +31,12 @@ REMEDY = "Download it again; its sha256 is in the job's document, under files."
 
 _KEY = "aquant"  # the header has this one key: several would be written in no fixed order
 _FLOAT = 32  # config.FLOAT_BITS; that module needs pydantic
-_NO_DIGEST = "0" * 64
+_UNSIGNED = "0" * 64
 _OF_FORMAT = frozenset(("format", "graph", "layers", "quantizers", "a_rounding", "border", "tensors", "sha256"))
 _NAME_OF_TYPE = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
 _TYPES_OF_BORDER: dict[int, dict[str, type[np.generic]]] = {
     16: {"border": np.float16, "alpha": np.float16},
-    8: {"border": np.int8, "border_scale": np.float16, "alpha": np.uint8},
+    8: {"border": np.int8, "alpha": np.uint8},
 }
 
 
@@ -115,11 +115,13 @@ def read(path: str | Path) -> Checkpoint:
         CheckpointError: not a checkpoint, another format version, or damaged; a tensor at fault is named.
     """
     path = Path(path)
-    document, tensors = _read_file(path)
+    text, document, tensors = _read_file(path)
     try:
+        if document["format"] == FORMAT or "sha256" in document:
+            _verify(text, document, tensors)
         return _parse(document, tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.detail}", error.remedy) from error
+        raise CheckpointError(f"{path} is damaged: {error.detail}", error.remedy) from error
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.", REMEDY) from error
 
@@ -132,14 +134,11 @@ def write(path: str | Path, document: Mapping[str, Any], tensors: Mapping[str, n
         document: JSON values; format version and digests are added.
         tensors: by name, of float32, float16, uint8 or int8.
     """
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
-    digests: dict[str, dict[str, str]] = {}
-    for name, tensor in contiguous.items():
-        node, kind = name.rsplit(".", 1)
-        digests.setdefault(node, {})[kind] = tensor_digest(tensor)
-    signed = {**document, "format": FORMAT, "tensors": digests, "sha256": _NO_DIGEST}
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    digests = _digests(contiguous)
+    signed = {**document, "format": FORMAT, "tensors": _short(digests), "sha256": _UNSIGNED}
     text = json.dumps(signed, separators=(",", ":"), sort_keys=True)
-    text = text.replace(_field(_NO_DIGEST), _field(hashlib.sha256(text.encode()).hexdigest()))
+    text = text.replace(_field(_UNSIGNED), _field(_digest_of_all(text, digests)))
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -149,18 +148,33 @@ def write(path: str | Path, document: Mapping[str, Any], tensors: Mapping[str, n
         partial.unlink(missing_ok=True)
 
 
-def tensor_digest(tensor: np.ndarray) -> str:
-    """First 16 hexadecimal digits of the sha256 over type, shape and little-endian bytes."""
-    sha = hashlib.sha256(f"{_NAME_OF_TYPE[tensor.dtype.name]} {','.join(map(str, tensor.shape))}\n".encode())
-    sha.update(tensor.tobytes())
-    return sha.hexdigest()[:16]
+def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """sha256 of each tensor's name, type, shape and little-endian bytes, in the order of their names."""
+    digests = {}
+    for name, tensor in sorted(tensors.items()):
+        kind = _NAME_OF_TYPE.get(tensor.dtype.name, tensor.dtype.name)
+        sha = hashlib.sha256(f"{name} {kind} {','.join(map(str, tensor.shape))}\n".encode())
+        sha.update(tensor.tobytes())
+        digests[name] = sha.digest()
+    return digests
 
 
-def _field(digest: str) -> str:
+def _short(digests: Mapping[str, bytes]) -> str:
+    """What tells which tensor is at fault: eight hexadecimal digits of each."""
+    return "".join(digest[:4].hex() for digest in digests.values())
+
+
+def _digest_of_all(text: str, digests: Mapping[str, bytes]) -> str:
+    """sha256 of the document, its own digest being zeros, and of the tensors' digests."""
+    return hashlib.sha256(text.encode() + b"".join(digests.values())).hexdigest()
+
+
+def _field(digest: object) -> str:
     return f'"sha256":"{digest}"'
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_file(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """The document, as text and as values, and the tensors."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file.", "Give the path of a downloaded checkpoint.")
     try:
@@ -178,9 +192,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         cut = _first_cut_off(path)
         why = str(error) if cut is None else f"it ends before tensor {cut!r} does"
         raise CheckpointError(f"{path} cannot be read: {why}.", REMEDY) from error
-    if found == FORMAT or "sha256" in document:
-        _verify(path, text, document, tensors)
-    return document, tensors
+    return text, document, tensors
 
 
 def _first_cut_off(path: Path) -> str | None:
@@ -197,20 +209,19 @@ def _first_cut_off(path: Path) -> str | None:
     return beyond[0] if beyond else None
 
 
-def _verify(path: Path, text: str, document: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Document and tensors against their digests; a tensor that differs is named."""
-    stated = document.get("sha256")
-    expected = hashlib.sha256(text.replace(_field(str(stated)), _field(_NO_DIGEST)).encode()).hexdigest()
-    if stated != expected:
-        raise CheckpointError(f"{path} is damaged: its document's digest is {expected}, not {stated}.", REMEDY)
-    listed = {f"{node}.{kind}": digest for node, kinds in document["tensors"].items() for kind, digest in kinds.items()}
-    for name, digest in listed.items():
-        if name not in tensors:
-            raise CheckpointError(f"{path} is damaged: Tensor {name!r} is missing.", REMEDY)
-        if tensors[name].dtype.name not in _NAME_OF_TYPE or tensor_digest(tensors[name]) != digest:
-            raise CheckpointError(f"{path} is damaged: Tensor {name!r} is not what was written.", REMEDY)
-    if added := sorted(set(tensors) - set(listed)):
-        raise CheckpointError(f"{path} is damaged: Tensor {added[0]!r} was not written with it.", REMEDY)
+def _verify(text: str, document: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Document and tensors against their digests; a tensor that is at fault is named."""
+    digests, stated = _digests(tensors), document["sha256"]
+    if stated == _digest_of_all(text.replace(_field(stated), _field(_UNSIGNED)), digests):
+        return
+    written, found = document["tensors"], _short(digests)
+    if len(found) != len(written):
+        _parse(document, tensors)  # which names a tensor that is missing
+        raise CheckpointError(f"It holds {len(found) // 8} tensors instead of {len(written) // 8}.", REMEDY)
+    for index, name in enumerate(digests):
+        if found[8 * index :][:8] != written[8 * index :][:8]:
+            raise CheckpointError(f"Tensor {name!r} and its digest disagree.", REMEDY)
+    raise CheckpointError("Its document and its digest disagree.", REMEDY)
 
 
 def _take(
@@ -257,6 +268,7 @@ def _layer(
     zero_point: int,
     shape: Sequence[int],
     has_bias: bool,
+    *border_steps: float,
 ) -> StoredLayer:
     """A row of the layer table and its tensors."""
     outputs = shape[0]
@@ -275,7 +287,7 @@ def _layer(
         input_scale = np.float32(take(f"{name}.input_scale", np.float32, [1])[0])
         if border is not None:
             positions = math.prod(shape[2:]) if border["granularity"] == "position" else 1
-            coefficients, alpha = _border(take, border, name, groups * shape[1], positions)
+            coefficients, alpha = _border(take, border, name, groups * shape[1], positions, border_steps)
     return StoredLayer(
         weight, weight_bits, activation_bits, scale, weight_zero_point, bias, input_scale, zero_point, coefficients,
         alpha,
@@ -283,13 +295,19 @@ def _layer(
 
 
 def _border(
-    take: Callable[..., np.ndarray], config: Mapping[str, Any], name: str, channels: int, positions: int
+    take: Callable[..., np.ndarray],
+    config: Mapping[str, Any],
+    name: str,
+    channels: int,
+    positions: int,
+    steps: Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Coefficients and alpha of a layer."""
     types = _TYPES_OF_BORDER[config.get("bits", 16)]  # the first version has no bits
     terms = 3 if config["form"] == "quadratic" else 2
-    shapes = {"border": [terms, channels, positions], "border_scale": [terms]}
+    stored = {"border": take(f"{name}.border", types["border"], [terms, channels, positions])}
     if config["alpha"] == "learned" and positions > 1:
-        shapes["alpha"] = [channels, positions]
-    return decode_border(
-        {kind: take(f"{name}.{kind}", dtype, shapes[kind]) for kind, dtype in types.items() if kind in shapes}
-    )
+        stored["alpha"] = take(f"{name}.alpha", types["alpha"], [channels, positions])
+    if len(steps) != (terms if types["border"] is np.int8 else 0):
+        raise CheckpointError(f"Layer {name!r} has {len(steps)} steps of its border.", REMEDY)
+    return decode_border(stored, steps)

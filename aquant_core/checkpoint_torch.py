@@ -37,7 +37,7 @@ def tensors_of(model: QuantizedModel) -> dict[str, np.ndarray]:
         if layer.activation_scale is not None:
             tensors[f"{name}.input_scale"] = layer.activation_scale.reshape(1)
         if layer.border is not None:
-            stored |= {f"{name}.{kind}": array for kind, array in layer.border.stored().items()}
+            stored |= {f"{name}.{kind}": array for kind, array in layer.border.stored()[0].items()}
     for name, quantizer in model.quantizers.items():
         if quantizer.activation_scale is not None:
             tensors[f"{name}.scale"] = quantizer.activation_scale.reshape(1)
@@ -60,6 +60,7 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
             layer.zero_point,
             list(layer.float_weight.shape),
             layer.bias is not None,
+            *([] if layer.border is None else layer.border.stored()[1]),
         ]
         for name, layer in model.layers.items()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,8 +24,10 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(stream, axis=1, bitorder="little")[:, 0]
 
 
-def encode_border(coefficients: np.ndarray, alpha: np.ndarray | None, bits: int) -> dict[str, np.ndarray]:
-    """Border parameters as they are stored, by the ending of the tensor's name.
+def encode_border(
+    coefficients: np.ndarray, alpha: np.ndarray | None, bits: int
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Border parameters as they are stored.
 
     In 8 bits each of b0, b1, b2 has one step for the whole layer: the largest magnitude over 127, an fp16 number, so
     that code times step is exact in fp32 and what was decoded is encoded the same again.
@@ -36,25 +38,28 @@ def encode_border(coefficients: np.ndarray, alpha: np.ndarray | None, bits: int)
         bits: 16 or 8.
 
     Returns:
-        ``border`` float16 and, if there is one, ``alpha`` float16; in 8 bits ``border`` int8, ``border_scale`` (P,)
-        float16 and ``alpha`` uint8, in 255ths.
+        Tensors by the ending of their names, and steps. In 16 bits ``border`` and, if there is one, ``alpha`` are
+        float16, and there are no steps; in 8 bits ``border`` is int8 with P steps, ``alpha`` uint8 in 255ths.
     """
     limit = np.float32(np.finfo(np.float16).max)
     if bits == 16:
         stored = {"border": np.clip(coefficients, -limit, limit).astype(np.float16)}
-        return stored if alpha is None else stored | {"alpha": alpha.astype(np.float16)}
+        return stored if alpha is None else stored | {"alpha": alpha.astype(np.float16)}, []
     largest = np.abs(coefficients).max(axis=(1, 2))  # (P,)
-    scale = np.clip(largest / np.float32(LARGEST_CODE), _LEAST_STEP, limit).astype(np.float16)
-    codes = np.rint(coefficients / scale.astype(np.float32)[:, None, None])
-    codes = np.nan_to_num(np.clip(codes, -LARGEST_CODE, LARGEST_CODE))  # of NaN, the scale tells
-    stored = {"border": codes.astype(np.int8), "border_scale": scale}
-    return stored if alpha is None else stored | {"alpha": np.rint(alpha * LARGEST_ALPHA_CODE).astype(np.uint8)}
+    steps = np.clip(largest / np.float32(LARGEST_CODE), _LEAST_STEP, limit).astype(np.float16)
+    codes = np.rint(coefficients / steps.astype(np.float32)[:, None, None])
+    codes = np.nan_to_num(np.clip(codes, -LARGEST_CODE, LARGEST_CODE))  # of NaN, the step tells
+    stored = {"border": codes.astype(np.int8)}
+    if alpha is not None:
+        stored["alpha"] = np.rint(alpha * LARGEST_ALPHA_CODE).astype(np.uint8)
+    return stored, steps.tolist()
 
 
-def decode_border(stored: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+def decode_border(stored: Mapping[str, np.ndarray], steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
     """The inverse of ``encode_border``: float32 coefficients (P, C, K) and alpha (C, K) or None."""
     coefficients, alpha = stored["border"].astype(np.float32), stored.get("alpha")
-    if "border_scale" not in stored:
-        return coefficients, None if alpha is None else alpha.astype(np.float32)
-    coefficients *= stored["border_scale"].astype(np.float32)[:, None, None]
-    return coefficients, None if alpha is None else alpha.astype(np.float32) / np.float32(LARGEST_ALPHA_CODE)
+    if steps:
+        coefficients *= np.array(steps, np.float32)[:, None, None]
+    if alpha is not None:
+        alpha = alpha.astype(np.float32) / np.float32(LARGEST_ALPHA_CODE if alpha.dtype == np.uint8 else 1)
+    return coefficients, alpha

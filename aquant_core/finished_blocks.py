@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aquant_core.config import BorderConfig, Method
-from aquant_core.encoding import decode_border
 from aquant_core.errors import ResumeError
 from aquant_core.graph import Node
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
@@ -111,7 +110,9 @@ def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
         if part.activation_scale is not None:
             tensors[f"{node.name}.input_scale"] = part.activation_scale
         if part.border is not None:
-            tensors |= {f"{node.name}.{kind}": torch.from_numpy(t) for kind, t in part.border.stored().items()}
+            tensors[f"{node.name}.border"] = part.border.coefficients  # rounded to what is stored
+            if part.border.alpha is not None:
+                tensors[f"{node.name}.alpha"] = part.border.alpha
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -126,8 +127,9 @@ def _put_tensors(block: Block, model: QuantizedModel, border: BorderConfig, tens
             part.weight.codes.copy_(tensors[f"{node.name}.codes"])
         if f"{node.name}.border" in tensors:
             learned = part.add_border(border)
-            kinds = [kind for kind in learned.stored() if f"{node.name}.{kind}" in tensors]
-            learned.restore(*decode_border({kind: tensors[f"{node.name}.{kind}"].numpy() for kind in kinds}))
+            learned.coefficients.copy_(tensors[f"{node.name}.border"])
+            if learned.alpha is not None:
+                learned.alpha.copy_(tensors[f"{node.name}.alpha"])
 
 
 def _parts(block: Block, model: QuantizedModel) -> Iterator[tuple[Node, ActivationQuantizer]]:

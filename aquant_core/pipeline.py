@@ -250,7 +250,7 @@ def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
     return {
         "float_bytes": captured.float_bytes(),
         "quantized_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "border_bytes": sum(tensor.nbytes for border in borders for tensor in border.stored().values()),
+        "border_bytes": sum(tensor.nbytes for border in borders for tensor in border.stored()[0].values()),
         "border_parameters": parameters,
         "border_share": round(parameters / folded, 6),
     }
