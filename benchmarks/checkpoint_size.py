@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint_size.py
 
-Writes ``benchmarks/results/checkpoint_size.json``. First and last layer at 8 bits, three border parameters a position, in fp16 and in 8 bits. Weights are random and steps
-are not searched, since no size depends on them. ``float32`` counts the network's weights, norms and their statistics as
-they were before folding; ``ideal`` is bits times weights, and nothing else.
+Writes ``benchmarks/results/checkpoint_size.json``. First and last layer at 8 bits, three border parameters a position,
+in fp16 and in 8 bits. Weights are random and steps are not searched, since no size depends on them. ``float32`` counts
+the network's weights, norms and their statistics as they were before folding; ``ideal`` is bits times weights, and
+nothing else.
 """
 
 from __future__ import annotations
