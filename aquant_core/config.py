@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -193,3 +196,20 @@ class QuantizationConfig(_Strict):
         """The named protocol with the switches that the configuration sets otherwise."""
         switches = self.protocol_switches.model_dump(exclude_none=True)
         return PROTOCOLS[self.protocol].model_copy(update=switches)
+
+
+def read_configuration(path: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command line's keys and values: a JSON file's, and over them the options that were given.
+
+    Raises:
+        ValueError: the file holds something else than a JSON object.
+    """
+    configuration: Any = {}
+    if path is not None:
+        try:
+            configuration = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(configuration, dict):
+            raise ValueError(f"{path} holds a {type(configuration).__name__}, not an object")
+    return {**configuration, **{name: value for name, value in options.items() if value is not None}}

@@ -7,9 +7,11 @@ import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from aquant_core.config import read_configuration
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -84,8 +86,12 @@ def submit(
         "architecture": architecture,
         "seed": seed,
     }
+    try:
+        configuration = read_configuration(config, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error
     with _client(url) as client:
-        job = client.submit(model, calibration, _configuration(config, options), evaluation)
+        job = client.submit(model, calibration, configuration, evaluation)
         typer.echo(job.id)
         if watch:
             _follow(client, job.id)
@@ -188,19 +194,6 @@ def _client(url: str) -> Client:
     from service.client import Client
 
     return Client(url)
-
-
-def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    configuration: dict[str, Any] = {}
-    if path is not None:
-        try:
-            configuration = json.loads(path.read_text())
-        except ValueError as error:
-            raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
-        if not isinstance(configuration, dict):
-            kind = type(configuration).__name__
-            raise typer.BadParameter(f"{path} holds a {kind}, not an object", param_hint="--config")
-    return configuration | {name: value for name, value in options.items() if value is not None}
 
 
 def _follow(client: Client, job_id: str) -> None:
