@@ -96,7 +96,8 @@ def test_a_loaded_checkpoint_runs(tmp_path: Path, changes: dict[str, Any]) -> No
 
 def test_thresholds_are_derived_when_a_checkpoint_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for fusion in ("none", "channel_mean"):
-        config = QuantizationConfig(weight_bits=2, activation_bits=2, iterations=8, border={"fusion": fusion})
+        border = {"fusion": fusion}
+        config = QuantizationConfig(weight_bits=2, activation_bits=2, iterations=8, preset="smoke", border=border)
         quantize(Net().eval(), ImageSet(IMAGES), config).save(tmp_path / "q.safetensors")
         stored = load_file(tmp_path / "q.safetensors")
         assert {name.rsplit(".", 1)[1] for name in stored} == {
@@ -104,9 +105,9 @@ def test_thresholds_are_derived_when_a_checkpoint_is_packed(tmp_path: Path, monk
         }  # fmt: skip
         monkeypatch.setattr(runtime, "integer_route", lambda shape, groups, _: route_of(shape, groups))  # as on a GPU
         network = IntegerModel(aquant_core.load(tmp_path / "q.safetensors"), dtype=torch.float16)
-        low_bit = ["depthwise", "grouped", "downsample", "last"]
+        expected = ["depthwise", "grouped", "downsample", "last"] if fusion == "none" else ["downsample", "last"]  # 1x1
         by_thresholds = [name for name, layer in network.layers.items() if layer.thresholds is not None]
-        assert by_thresholds == (low_bit if fusion == "none" else [])
+        assert by_thresholds == expected
         because = {name: layer.evaluated_because for name, layer in network.layers.items()}
         assert all((because[name] is None) == (name in by_thresholds) for name in because)
         if fusion == "none":
