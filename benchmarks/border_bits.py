@@ -50,6 +50,7 @@ def table(results: Results, seeds: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), metavar="FOLDER")
     parser.add_argument("--digits", type=Path, default=ROOT / "examples" / "digits" / "data", metavar="FOLDER")
@@ -64,7 +65,8 @@ def main() -> None:
         return Images(str(here / f"{network}.onnx"), here / "calibration.npz", TestImages(folders[NETWORKS[network]]))
 
     if not options.table:
-        sweep(plan(options.seeds), results, images, options.processes, threads=1, device="cpu")
+        cells = [cell for cell in plan(options.seeds) if cell.network in options.networks]
+        sweep(cells, results, images, options.processes, threads=1, device="cpu")
     print(table(results, options.seeds))
 
 
