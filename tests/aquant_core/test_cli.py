@@ -22,6 +22,9 @@ from typer.testing import CliRunner, Result
 from aquant_core import cli, load
 from aquant_core.checkpoint import read
 from aquant_core.evaluation import logits_of, wilson_interval
+from aquant_core.model import QuantizedModel
+from aquant_core.networks import open_network
+from aquant_core.runtime import IntegerModel
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "format-2-border.safetensors"
 EIGHT_BITS = CHECKPOINT.with_name("format-2-border_8_bit.safetensors")
@@ -101,6 +104,16 @@ def test_agreement_of_a_checkpoint_with_onnx(folder: Path) -> None:
     assert run(*arguments).stdout.startswith(f"agreement  {100 * alike:.2f} %  (95 %: ")
     other_way = run("eval", folder / "float.onnx", "--images", folder / "images.npy", "--against", CHECKPOINT, "--json")
     assert json.loads(other_way.stdout)["fidelity"]["agreement"] == found["fidelity"]["agreement"]
+
+
+def test_a_network_is_what_its_file_holds(folder: Path) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(open_network(CHECKPOINT, cpu).run, QuantizedModel)
+    assert isinstance(open_network(CHECKPOINT, cpu, integers=True).run, IntegerModel)
+    renamed = folder / "named.safetensors"
+    renamed.write_bytes((folder / "float.onnx").read_bytes())
+    assert open_network(renamed, torch.device("meta")).device == cpu
+    assert list(open_network(renamed, cpu).input_shape) == [1, 12, 12]
 
 
 def test_on_integers_it_decides_the_same(folder: Path) -> None:
