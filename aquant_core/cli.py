@@ -45,7 +45,7 @@ def quantize(
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
     ] = None,
     report: Annotated[Path | None, typer.Option(dir_okay=False, help="Where to write the report, as JSON.")] = None,
     resume_from: Annotated[

@@ -198,18 +198,22 @@ class QuantizationConfig(_Strict):
         return PROTOCOLS[self.protocol].model_copy(update=switches)
 
 
-def read_configuration(path: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A command line's keys and values: a JSON file's, and over them the options that were given.
+def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command line's keys and values.
+
+    Args:
+        given: JSON, or the path of a file of it.
+        options: go over it where they are not None.
 
     Raises:
-        ValueError: the file holds something else than a JSON object.
+        ValueError: it is no JSON object, or the file cannot be read.
     """
     configuration: Any = {}
-    if path is not None:
+    if given is not None:
         try:
-            configuration = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+            configuration = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given} is neither JSON nor a file of it: {error}") from error
         if not isinstance(configuration, dict):
-            raise ValueError(f"{path} holds a {type(configuration).__name__}, not an object")
+            raise ValueError(f"{given} holds a {type(configuration).__name__}, not an object")
     return {**configuration, **{name: value for name, value in options.items() if value is not None}}

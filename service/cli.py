@@ -74,7 +74,7 @@ def submit(
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
     ] = None,
     device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,

@@ -187,7 +187,9 @@ def test_without_labels_agreement_is_told(folder: Path, tmp_path: Path) -> None:
     ("arguments", "status", "why"),
     [
         (["--config", "list.json"], 2, "holds a list, not an object"),
-        (["--config", "text"], 2, "is not JSON"),
+        (["--config", "text"], 2, "text is neither JSON nor a file of it"),
+        (["--config", "absent.json"], 2, "absent.json is neither JSON nor a file of it"),
+        (["--config", '{"seed": }'], 2, "neither JSON nor a file of it"),
         (["-o", "absent/q"], 2, "there is no folder"),
         (["--report", "absent/report.json"], 2, "there is no folder"),
         (["--device", "cuda:99"], 2, "CUDA devices"),
