@@ -74,6 +74,16 @@ def test_strangers_are_refused_unless_the_service_is_open(ends: dict[str, Any]) 
         ask(OPEN, method, **ends)
 
 
+def test_in_a_container_the_published_address_decides() -> None:
+    ends = {"client": ("172.17.0.1", 40000), "server": ("172.17.0.2", 8000)}
+    ask(Settings(published_on="127.0.0.1"), "POST", **ends)
+    for elsewhere in ("0.0.0.0", "192.168.0.7", "::"):
+        with pytest.raises(KeysRequiredError):
+            ask(Settings(published_on=elsewhere), **ends)
+    with pytest.raises(KeysRequiredError):
+        ask(Settings(published_on="127.0.0.1"), **ends, headers={"x-forwarded-for": "203.0.113.7"})
+
+
 @pytest.mark.parametrize("settings", [CLOSED, OPEN])
 def test_a_name_that_may_be_anybodys_is_refused(settings: Settings) -> None:
     """DNS rebinding: the page of evil.example.org finds its own name to be 127.0.0.1."""
