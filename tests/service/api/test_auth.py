@@ -273,3 +273,8 @@ def test_a_refused_upload_gets_its_answer(settings: Settings, make_key: MakeKey,
     ):
         client.submit(big, big, {"weight_bits": 2, "activation_bits": 2})
     assert caught.value.problem.code == "key_missing"
+
+
+def test_by_default_a_crowd_may_follow_its_jobs() -> None:
+    """200 clients behind one address, each asking every 2 seconds, and as much again for what else they do."""
+    assert Settings().reads_per_minute >= 2 * 200 * 60 / 2
