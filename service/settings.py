@@ -51,6 +51,10 @@ class Settings(BaseSettings):
     open: Annotated[
         bool, Field(description="While there are no API keys, serve requests from beyond this machine, too.")
     ] = False
+    published_on: Annotated[
+        str | None,
+        Field(description="Address that a container's port is published on; if loopback, nobody comes from elsewhere."),
+    ] = None
     hosts: Annotated[
         str,
         Field(description="Names, separated by commas, that the API may be called by without a key; localhost always."),

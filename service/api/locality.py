@@ -29,7 +29,7 @@ def check_keyless(request: Request, settings: Settings) -> None:
         HostRefusedError: it calls this server by a name that may be someone else's.
         OriginRefusedError: a page of another site sent it, to change something.
     """
-    if not settings.open and not _is_local(request):
+    if not settings.open and not _is_local(request, settings):
         raise KeysRequiredError(
             "This service has no API keys, and so answers requests from its own machine alone.",
             "Its operator makes the first key with `aquant keys create NAME --owner OWNER`, or sets AQUANT_OPEN=true "
@@ -50,11 +50,13 @@ def check_keyless(request: Request, settings: Settings) -> None:
         )
 
 
-def _is_local(request: Request) -> bool:
+def _is_local(request: Request, settings: Settings) -> bool:
+    if any(name in request.headers for name in _FORWARDED):
+        return False
+    if settings.published_on is not None:  # both ends are the container network's, wherever a request comes from
+        return is_loopback(settings.published_on)
     ends = (request.scope.get("client"), request.scope.get("server"))
-    return all(end is not None and is_loopback(end[0]) for end in ends) and not any(
-        name in request.headers for name in _FORWARDED
-    )
+    return all(end is not None and is_loopback(end[0]) for end in ends)
 
 
 def _is_same_origin(request: Request, host: str) -> bool:

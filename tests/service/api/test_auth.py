@@ -74,6 +74,16 @@ def test_strangers_are_refused_unless_the_service_is_open(ends: dict[str, Any]) 
         ask(OPEN, method, **ends)
 
 
+def test_in_a_container_the_published_address_decides() -> None:
+    ends = {"client": ("172.17.0.1", 40000), "server": ("172.17.0.2", 8000)}
+    ask(Settings(published_on="127.0.0.1"), "POST", **ends)
+    for elsewhere in ("0.0.0.0", "192.168.0.7", "::"):
+        with pytest.raises(KeysRequiredError):
+            ask(Settings(published_on=elsewhere), **ends)
+    with pytest.raises(KeysRequiredError):
+        ask(Settings(published_on="127.0.0.1"), **ends, headers={"x-forwarded-for": "203.0.113.7"})
+
+
 @pytest.mark.parametrize("settings", [CLOSED, OPEN])
 def test_a_name_that_may_be_anybodys_is_refused(settings: Settings) -> None:
     """DNS rebinding: the page of evil.example.org finds its own name to be 127.0.0.1."""
@@ -263,3 +273,8 @@ def test_a_refused_upload_gets_its_answer(settings: Settings, make_key: MakeKey,
     ):
         client.submit(big, big, {"weight_bits": 2, "activation_bits": 2})
     assert caught.value.problem.code == "key_missing"
+
+
+def test_by_default_a_crowd_may_follow_its_jobs() -> None:
+    """200 clients behind one address, each asking every 2 seconds, and as much again for what else they do."""
+    assert Settings().reads_per_minute >= 2 * 200 * 60 / 2
