@@ -20,7 +20,7 @@ from service.api.conditions import (
     is_current,
     repr_digest,
 )
-from service.api.deps import PartsDep
+from service.api.deps import Parts, PartsDep
 from service.api.problems import REFUSALS, problem, responses
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.states import JobState
@@ -112,10 +112,32 @@ async def checkpoint(
 ) -> Response:
     """The quantized checkpoint of a job that succeeded (safetensors); its ETag is the sha256 of its bytes."""
     file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
+    return await _deliver(request, parts, file, f"aquant-{job_id}.safetensors", range, if_range, if_none_match)
+
+
+# Routes of its own for HEAD, each with its own id in the OpenAPI document.
+router.head(
+    "/jobs/{job_id}/checkpoint",
+    name="checkpoint_head",
+    response_class=Response,
+    responses={200: {"description": "The headers of GET", "headers": _RANGED}, **NOT_MODIFIED},
+)(checkpoint)
+
+
+async def _deliver(
+    request: Request,
+    parts: Parts,
+    file: _File,
+    name: str,
+    range: str | None,
+    if_range: str | None,
+    if_none_match: str | None,
+) -> Response:
+    """A file, or the range of it that is asked for, to be kept under a name."""
     headers = {
         **file.headers,
         "Accept-Ranges": "bytes",
-        "Content-Disposition": f'attachment; filename="aquant-{job_id}.safetensors"',
+        "Content-Disposition": f'attachment; filename="{name}"',
     }
     if is_current(if_none_match, file.etag):
         return Response(status_code=304, headers=headers)
@@ -138,15 +160,6 @@ async def checkpoint(
         return Response(headers=headers, media_type="application/octet-stream")
     body = await parts.artifacts.stream(file.key, start, stop)
     return StreamingResponse(body, 200 if part is None else 206, headers, "application/octet-stream")
-
-
-# Routes of its own for HEAD, each with its own id in the OpenAPI document.
-router.head(
-    "/jobs/{job_id}/checkpoint",
-    name="checkpoint_head",
-    response_class=Response,
-    responses={200: {"description": "The headers of GET", "headers": _RANGED}, **NOT_MODIFIED},
-)(checkpoint)
 
 
 _REMEDY = {

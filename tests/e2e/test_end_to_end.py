@@ -102,6 +102,22 @@ def test_progress_was_shown_on_the_way(finished: tuple[JobDocument, list[JobDocu
     assert {one.progress.method for one in seen} >= {"aquant", "qdrop"}
 
 
+def test_events_tell_every_stage_and_block(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
+    job, _ = finished
+    lines = httpx.get(f"{stack.url}{job.links.events}").text.splitlines()
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    events = list(zip(kinds, data, strict=True))
+    states = [event["state"] for kind, event in events if kind == "state"]
+    assert states == ["queued", "running", "succeeded"]
+    stages = [event["stage"] for kind, event in events if kind == "stage"]
+    assert stages == ["capture", "forecast", "nearest", "reconstruct", "evaluate", "save"]
+    blocks = [(event["block"], event["method"]) for kind, event in events if kind == "block"]
+    count = job.progress.blocks or max(number for number, _ in blocks)
+    assert sorted(blocks) == [(number, method) for number in range(1, count + 1) for method in ("aquant", "qdrop")]
+    assert all(event["loss"] > 0 for kind, event in events if kind == "block")
+
+
 def test_report_and_checkpoint_are_those_of_the_job(
     client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
 ) -> None:
