@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,6 +17,20 @@ from service.jobs.repository import JobRepository
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+T = TypeVar("T")
+
+
+async def to_its_end(call: Callable[..., T], *arguments: Any) -> T:
+    """Run a call in a thread; if the task is cancelled, after the thread has given back what it holds.
+
+    (asyncio's cancellation, unlike anyio's, would leave it behind, with a connection of a database that is closed.)
+    """
+    running = asyncio.ensure_future(run_in_threadpool(call, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 class JobWatch:
@@ -58,7 +72,7 @@ class JobWatch:
             if not job_ids:
                 continue
             try:
-                found = await run_in_threadpool(self._look, job_ids)
+                found = await to_its_end(self._look, job_ids)
             except SQLAlchemyError as error:
                 log.warning("those who wait for jobs are woken, as the database does not answer: %s", error)
                 found = {}

@@ -99,7 +99,7 @@ def test_a_submitted_job_tells_its_end(
         "model": onnx_model,
         "calibration": images,
     }
-    with serve(create_app(settings.model_copy(update={"webhook_allow": LOOPBACK}))) as web:
+    with serve(create_app(settings.model_copy(update={"webhook_allow": "127.0.0.0/8, ::1/128"}))) as web:
         answer = web.post("/jobs", files=form)
         assert answer.json()["webhook"] == {"url": told.url(), "tries": 0, "delivered_at": None, "error": None}
         assert SECRET not in answer.text
@@ -294,6 +294,9 @@ def test_a_deleted_job_tells_nobody(
 
 def test_webhooks_of_networks_that_the_operator_admits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AQUANT_WEBHOOK_ALLOW", "10.0.0.0/8,fd00::/8")
-    allow = Settings().webhook_allow
+    allow = Settings().webhook_networks
     assert allow == [ip_network("10.0.0.0/8"), ip_network("fd00::/8")]
     assert new_webhook(WebhookRequest(url="https://10.1.2.3/", secret=SECRET), allow).url == "https://10.1.2.3/"
+    monkeypatch.setenv("AQUANT_WEBHOOK_ALLOW", "10.0.0.1/8")
+    with pytest.raises(ValueError, match="has host bits set"):
+        Settings()
