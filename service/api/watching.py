@@ -36,8 +36,8 @@ async def to_its_end(call: Callable[..., T], *arguments: Any) -> T:
 class JobWatch:
     """Who waits for which job. Waiting takes neither a thread nor a connection, and looking only while someone waits.
 
-    A waiter is woken at its first look in any case, and now and then for nothing: it reads what it wants to know by
-    itself.
+    Who waits begins to do so before it reads the job, and reads it again when it is woken, now and then for nothing:
+    at the first look in any case, since what was there before is not known.
     """
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
@@ -51,7 +51,6 @@ class JobWatch:
         """An event that is set whenever the job may have changed."""
         changed = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(changed)
-        self._seen.pop(job_id, None)
         self._wanted.set()
         try:
             yield changed

@@ -64,6 +64,17 @@ def test_a_job_that_comes_first_keeps_its_upload(settings: Settings, sessions: S
         UploadRepository(session, settings, None).delete(NAME)
 
 
+def test_one_that_was_touched_meanwhile_has_not_expired(settings: Settings, sessions: Sessions) -> None:
+    """Its job is being checked and not there yet."""
+    complete(sessions, settings)
+    with sessions() as reader:
+        (seen,) = expired(reader, now(), 10)
+    with sessions.begin() as session:
+        UploadRepository(session, settings, None).use(NAME)
+    with sessions.begin() as session:
+        assert not delete_unused(session, seen)
+
+
 def test_a_deletion_that_comes_first_leaves_nothing_to_name(settings: Settings, sessions: Sessions) -> None:
     complete(sessions, settings)
     outcome: list[bool] = []
