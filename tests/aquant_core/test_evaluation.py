@@ -62,7 +62,9 @@ def test_fidelity_by_hand() -> None:
     exact = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     result = fidelity(torch.tensor([[4.0, 3.0], [1.0, 0.0]]), exact)
     # Cosines 24/25 and 1; energy 26 over error 2.
+    interval = result.pop("interval")
     assert result == {"agreement": 0.5, "cosine": 0.98, "sqnr_db": 11.139, "n": 2}
+    assert interval == pytest.approx(wilson_interval(0.5, 2), abs=1e-6)
 
 
 def test_sqnr() -> None:
