@@ -265,10 +265,10 @@ def _moments(count: float, total: float, squares: float) -> tuple[float, float]:
 
 
 def _histogram(t: Tensor, is_kept: Tensor, part: ActivationQuantizer) -> dict[str, Any]:
-    """Counts of what ``is_kept`` (all but zeros), from somewhat below the lowest code to beyond the highest."""
+    """Counts of what ``is_kept`` (all but zeros), to beyond the highest code and, but for z = 0, below the lowest."""
     assert part.activation_scale is not None
     levels, scale = largest_code(part.activation_bits), float(part.activation_scale)
-    low = -(levels + 1) / 4 if part.zero_point else -0.5
+    low = -(levels + 1) / 4 if part.zero_point else 0.0
     high = levels + (levels + 1) / 2
     values = t[is_kept].cpu()
     index = ((values - low) * (HISTOGRAM_BINS / (high - low))).floor().clamp(-1, HISTOGRAM_BINS).long() + 1

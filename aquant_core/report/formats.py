@@ -1,72 +1,84 @@
-"""How the report's page writes numbers; each takes None for what is not known."""
+"""How the report's page writes numbers; each function takes None for what is not known."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from aquant_core.config import FLOAT_BITS
-from aquant_core.report.plots import NO_NOISE
 
-MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+MISSING, MINUS, SPACE = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+
+NO_NOISE = 200.0
+"""dB that stand for no error at all."""
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
     """A fraction in per cent."""
-    return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f}{SPACE}%"
 
 
-def points(fraction: float, digits: int = 2) -> str:
+def points(fraction: float | None, digits: int = 2) -> str:
     """A difference of fractions in percentage points, with its sign."""
-    return f"{100 * fraction:+.{digits}f}".replace("-", MINUS)
+    return MISSING if fraction is None else signed(100 * fraction, f"+.{digits}f")
 
 
 def in_bytes(size: float | None) -> str:
     """A size in the unit that suits it, of 1000."""
-    if size is None:
-        return MISSING
-    for unit in ("B", "kB", "MB"):
-        if abs(size) < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:,.4g} GB"
+    if size is None or abs(size) < 1000:
+        return MISSING if size is None else f"{size:.0f}{SPACE}B"
+    return _scaled(size, ("kB", "MB", "GB", "TB"))
 
 
 def count(number: float | None) -> str:
-    """A count in words that fit a table: 20.2 M."""
-    if number is None:
-        return MISSING
-    for unit in ("", " k", " M", " G"):
-        if abs(number) < 10_000:
-            return f"{number:,.4g}{unit}" if unit else f"{number:,.0f}"
-        number /= 1000
-    return f"{number:,.4g} T"
+    """A count, in full up to four digits."""
+    if number is None or abs(number) < 10_000:
+        return MISSING if number is None else f"{number:,.0f}"
+    return _scaled(number, ("k", "M", "G", "T", "P"))
 
 
 def duration(seconds: float | None) -> str:
     """Seconds, minutes or hours."""
     if seconds is None:
         return MISSING
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    for limit, length, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / length:.1f}{SPACE}{unit}"
+    return f"{seconds / 3600:.1f}{SPACE}h"
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """To so many significant digits."""
-    return MISSING if value is None else f"{value:.{digits}g}".replace("-", MINUS)
+    return MISSING if value is None else re.sub(r"e([+-])0*", r"e\1", signed(value, f".{digits}g"))
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """To so many digits behind the point."""
+    return MISSING if value is None else signed(value, f".{digits}f")
 
 
 def decibels(value: float | None) -> str:
     """A ratio in dB, to a tenth."""
-    if value is None:
-        return MISSING
-    return "exact" if value >= NO_NOISE else f"{value:.1f}".replace("-", MINUS)
+    return "exact" if value is not None and value >= NO_NOISE else fixed(value, 1)
 
 
 def bits(width: int) -> str:
     """A width, or that there is none."""
     return "float" if width == FLOAT_BITS else str(width)
+
+
+def signed(value: float, form: str) -> str:
+    """By a format specification, with a true minus."""
+    return format(value, form).replace("-", MINUS)
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """To three digits in the unit of a power of 1000 that suits."""
+    for unit in units:
+        value /= 1000
+        if abs(value) < 999.5 or unit == units[-1]:
+            break
+    return f"{value:,.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}{SPACE}{unit}"
 
 
 FILTERS: dict[str, Callable[..., str]] = {
@@ -76,6 +88,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "count": count,
     "duration": duration,
     "number": number,
+    "fixed": fixed,
     "decibels": decibels,
     "bits": bits,
 }

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from aquant_core.report.formats import NO_NOISE, number, percent, points, signed
 from aquant_core.report.schema import Distribution, LayerSqnr, LossCurve
 
-LABELS = 190
+LABELS = 168
 """Width of the column of names on the left of a plot with a row for each."""
 
-NO_NOISE = 200.0
-"""dB that stand for no error at all."""
+_REM = 16.0
+"""Units of a plot's coordinates in one rem, so that a plot grows with the reader's text."""
 
-_EM = 16.0
-"""Units of a plot's coordinates in one em of the page."""
+_HALF, _FULL = 552.0, 656.0
+"""Widths: two of the first fit beside each other on a wide page."""
 
 _ROW = 22.0
 
@@ -27,7 +28,7 @@ class Svg:
     """One drawing, with a title and a description for those who do not see it.
 
     Args:
-        width, height: in units of which 16 are one em.
+        width, height: in units of which 16 are one rem.
         key: unique on the page; plain letters, digits and hyphens.
         title: what it is.
         description: what it shows, in words.
@@ -36,13 +37,13 @@ class Svg:
     def __init__(self, width: float, height: float, key: str, title: str, description: str) -> None:
         self._parts = [
             Markup(
-                '<svg role="img" aria-labelledby="{key}-t {key}-d" viewBox="0 0 {width} {height}" width="{em}em">'
+                '<svg role="img" aria-labelledby="{key}-t {key}-d" viewBox="0 0 {width} {height}" width="{rem}rem">'
                 '<title id="{key}-t">{title}</title><desc id="{key}-d">{description}</desc>'
             ).format(
                 key=key,
                 width=_at(width),
                 height=_at(height),
-                em=_at(width / _EM),
+                rem=f"{width / _REM:.4g}",
                 title=title,
                 description=description,
             )
@@ -106,43 +107,41 @@ class Bar:
 
 def accuracy_bars(bars: Sequence[Bar], what: str, key: str) -> Markup:
     """Fractions from 0 to 100 %, each with its 95 % interval."""
-    width, right, top = 720.0, 640.0, 8.0
+    width, right, top = _HALF, _HALF - 64, 8.0
     bottom = top + _ROW * len(bars)
-    told = "; ".join(f"{bar.name} {bar.value:.2%} ({bar.low:.2%} to {bar.high:.2%})" for bar in bars)
+    told = "; ".join(f"{bar.name} {percent(bar.value)} ({percent(bar.low)} to {percent(bar.high)})" for bar in bars)
     svg = Svg(width, bottom + 24, key, what, f"{told}.")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = LABELS + (right - LABELS) * share
         svg.line(x, top, x, bottom, "grid")
-        svg.text(x, bottom + 17, f"{share:.0%}", "tick", "middle")
+        svg.text(x, bottom + 17, percent(share, 0), "tick", "middle")
     for index, bar in enumerate(bars):
         y = top + _ROW * (index + 0.5)
         low, value, high = (LABELS + (right - LABELS) * share for share in (bar.low, bar.value, bar.high))
         svg.text(LABELS - 10, y + 4, shortened(bar.name), "name", "end")
         svg.box(LABELS, y - 7, value - LABELS, 14, f"bar {bar.kind}")
         _whisker(svg, low, high, y)
-        svg.text(right + 10, y + 4, f"{bar.value:.2%}", "value")
+        svg.text(right + 10, y + 4, percent(bar.value), "value")
     return svg.finish()
 
 
 def difference_plot(bars: Sequence[Bar], what: str, key: str) -> Markup:
     """Differences in percentage points around 0, each with its 95 % interval."""
-    width, right, top = 720.0, 640.0, 8.0
+    width, right, top = _HALF, _HALF - 64, 8.0
     bottom = top + _ROW * len(bars)
-    told = "; ".join(
-        f"{bar.name} {100 * bar.value:+.2f} ({100 * bar.low:+.2f} to {100 * bar.high:+.2f})" for bar in bars
-    )
+    told = "; ".join(f"{bar.name} {points(bar.value)} ({points(bar.low)} to {points(bar.high)})" for bar in bars)
     svg = Svg(width, bottom + 24, key, what, f"In percentage points: {told}.")
     ticks = _ticks(100 * min(0.0, *(bar.low for bar in bars)), 100 * max(0.0, *(bar.high for bar in bars)), 6)
     scale = _Scale(ticks[0], ticks[-1], LABELS, right)
     for tick in ticks:
         svg.line(scale(tick), top, scale(tick), bottom, "axis" if tick == 0 else "grid")
-        svg.text(scale(tick), bottom + 17, f"{tick:+g}" if tick else "0", "tick", "middle")
+        svg.text(scale(tick), bottom + 17, signed(tick, "+g") if tick else "0", "tick", "middle")
     for index, bar in enumerate(bars):
         y = top + _ROW * (index + 0.5)
         svg.text(LABELS - 10, y + 4, shortened(bar.name), "name", "end")
         _whisker(svg, scale(100 * bar.low), scale(100 * bar.high), y)
         svg.dot(scale(100 * bar.value), y, bar.kind or "first")
-        svg.text(right + 10, y + 4, f"{100 * bar.value:+.2f}", "value")
+        svg.text(right + 10, y + 4, points(bar.value), "value")
     return svg.finish()
 
 
@@ -165,7 +164,7 @@ class SqnrRow:
 
 def sqnr_plot(rows: Sequence[SqnrRow], key: str) -> Markup:
     """A row of three marks for each layer, in the network's order."""
-    width, left, right, top = 720.0, float(LABELS), 700.0, 34.0
+    width, left, right, top = _FULL, float(LABELS), _FULL - 20, 34.0
     row = 18.0
     bottom = top + row * len(rows)
     values = [value for each in rows for _, value in each.marks()]
@@ -181,7 +180,7 @@ def sqnr_plot(rows: Sequence[SqnrRow], key: str) -> Markup:
         place += 90
     for tick in ticks:
         svg.line(scale(tick), top, scale(tick), bottom, "grid")
-        svg.text(scale(tick), bottom + 17, f"{tick:g}", "tick", "middle")
+        svg.text(scale(tick), bottom + 17, signed(tick, "g"), "tick", "middle")
     svg.text((left + right) / 2, bottom + 34, "dB", "tick", "middle")
     for index, each in enumerate(rows):
         y = top + row * (index + 0.5)
@@ -194,30 +193,30 @@ def sqnr_plot(rows: Sequence[SqnrRow], key: str) -> Markup:
 
 def loss_plot(curve: LossCurve, name: str, key: str) -> Markup | None:
     """One block's loss over the iterations, on a logarithmic scale; None where there is no curve to draw."""
-    points = [(i, v) for i, v in zip(curve.iterations, curve.values, strict=True) if v is not None and v > 0]
-    if len(points) < 2:
+    readings = [(i, v) for i, v in zip(curve.iterations, curve.values, strict=True) if v is not None and v > 0]
+    if len(readings) < 2:
         return None
     width, height, left, right, top = 224.0, 132.0, 52.0, 216.0, 8.0
     bottom = height - 22
-    values = [value for _, value in points]
-    told = f"From {values[0]:.3g} to {values[-1]:.3g} in {points[-1][0] + 1:,} iterations; lowest {min(values):.3g}."
+    values = [value for _, value in readings]
+    told = f"From {values[0]:.3g} to {values[-1]:.3g} in {readings[-1][0] + 1:,} iterations; lowest {min(values):.3g}."
     svg = Svg(width, height, key, f"Loss of block {name}", told)
     low, high = math.log10(min(values)), math.log10(max(values))
-    across = _Scale(points[0][0], points[-1][0], left, right)
+    across = _Scale(readings[0][0], readings[-1][0], left, right)
     up = _Scale(low, high if high > low else low + 1, bottom - 4, top + 4)
     for value in sorted({min(values), max(values)}):
         svg.line(left, up(math.log10(value)), right, up(math.log10(value)), "grid")
-        svg.text(left - 6, up(math.log10(value)) + 4, f"{value:.3g}", "tick", "end")
+        svg.text(left - 6, up(math.log10(value)) + 4, number(value, 2), "tick", "end")
     svg.line(left, bottom, right, bottom, "axis")
-    for number, anchor in ((points[0][0], "start"), (points[-1][0] + 1, "end")):
-        svg.text(left if anchor == "start" else right, height - 6, f"{number:,}", "tick", anchor)
-    svg.path([(across(i), up(math.log10(value))) for i, value in points], "curve")
+    svg.text(left, height - 6, f"{readings[0][0]:,}", "tick")
+    svg.text(right, height - 6, f"{readings[-1][0] + 1:,}", "tick", "end")
+    svg.path([(across(i), up(math.log10(value))) for i, value in readings], "curve")
     return svg.finish()
 
 
 def activation_plot(seen: Distribution, name: str, key: str) -> Markup:
     """A histogram of what a layer is given, with the edges of its codes; below it the border's shift, if it has one."""
-    width, left, right, top = 720.0, 58.0, 704.0, 26.0
+    width, left, right, top = _FULL, 58.0, _FULL - 16, 26.0
     middle = top + 120
     bottom = middle + (126 if seen.shift else 0)
     histogram, counts = seen.histogram, seen.histogram.counts
@@ -249,7 +248,7 @@ def activation_plot(seen: Distribution, name: str, key: str) -> Markup:
     ticks = [tick for tick in _ticks(histogram.low, histogram.high, 8) if histogram.low <= tick <= histogram.high]
     for tick in ticks:
         svg.line(across(tick), bottom, across(tick), bottom + 4, "axis")
-        svg.text(across(tick), bottom + 17, f"{tick:g}", "tick", "middle")
+        svg.text(across(tick), bottom + 17, signed(tick, "g"), "tick", "middle")
     svg.text((left + right) / 2, bottom + 34, "activation", "tick", "middle")
     return svg.finish()
 
@@ -260,7 +259,7 @@ def _draw_shift(svg: Svg, seen: Distribution, across: _Scale, top: float, bottom
     up = _Scale(-0.5, 0.5, bottom, top)
     for tick in (-0.5, 0.0, 0.5):
         svg.line(across.start, up(tick), across.end, up(tick), "axis" if tick in (-0.5, 0.0) else "grid")
-        svg.text(across.start - 8, up(tick) + 4, f"{tick:+.1f}" if tick else "0", "tick", "end")
+        svg.text(across.start - 8, up(tick) + 4, signed(tick, "+.1f") if tick else "0", "tick", "end")
     bins = len(seen.shift.mean)
     known = [
         (across(seen.low + (seen.high - seen.low) * (index + 0.5) / bins), mean, std)
