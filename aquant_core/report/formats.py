@@ -49,7 +49,7 @@ def duration(seconds: float | None) -> str:
 
 def number(value: float | None, digits: int = 4) -> str:
     """To so many significant digits."""
-    return MISSING if value is None else re.sub(r"e([+-])0*", r"e\1", signed(value, f".{digits}g"))
+    return MISSING if value is None else re.sub(r"(?<=e.)0+", "", signed(value, f".{digits}g"))
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

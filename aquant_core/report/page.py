@@ -105,7 +105,8 @@ def _methods(report: Report) -> list[dict[str, Any]]:
 def _figures(report: Report) -> dict[str, Any]:
     """The plots that stand once on the page, the loss curves, and which layer is shown first."""
     gains = [Bar(_name(each.baseline), each.top1, each.interval) for each in _of_the_chosen(report)]
-    rows = [SqnrRow(each.name, each.sqnr_db) for each in report.layers if each.sqnr_db is not None]
+    sqnr = [SqnrRow(each.name, each.sqnr_db) for each in report.layers if each.sqnr_db is not None]
+    rows = [row for row in sqnr if row.marks()]
     curves = [
         (block, plots.loss_plot(block.loss, block.name, f"loss-{index}")) for index, block in enumerate(report.blocks)
     ]
