@@ -1,9 +1,8 @@
-"""Reports of real runs: of this version on a small network, of an older one from a file."""
+"""Reports of real runs on a small network."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.pipeline import quantize
-
-OLD = Path(__file__).parent / "report-0.2.json"
-"""The report of version 0.2.0 on the residual example network, preset smoke."""
 
 
 class Net(nn.Module):
@@ -47,9 +43,3 @@ def run(labels: bool = True, preset: Preset | None = None, **changes: Any) -> di
     result = quantize(net, calibration, config, evaluation, preset=preset)
     report: dict[str, Any] = json.loads(json.dumps(result.report, allow_nan=False))
     return report
-
-
-def old_report() -> dict[str, Any]:
-    """What the file holds."""
-    document: dict[str, Any] = json.loads(OLD.read_text())
-    return document

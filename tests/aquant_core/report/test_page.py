@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import reports
+from old_reports import old_report
 from pydantic import ValidationError
 
 from aquant_core.report.page import content_policy, render
@@ -184,7 +185,7 @@ def test_columns_line_up(page: Page) -> None:
 
 
 def test_older_reports(report: dict[str, Any]) -> None:
-    old = Page(render(reports.old_report()))
+    old = Page(render(old_report()))
     assert "90.60 %" in old.shown
     assert "layer3.1.conv2" in old.shown
     assert "Activations and borders" not in old.shown

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import reports
+from old_reports import old_report
 from pydantic import BaseModel, TypeAdapter
 
 from aquant_core.report import FORMAT
@@ -43,8 +44,8 @@ def test_reports_of_every_kind(changes: dict[str, Any]) -> None:
 
 
 def test_a_report_before_this_format_is_still_read() -> None:
-    assert "format" not in reports.old_report()
-    document = Report.model_validate(reports.old_report())
+    assert "format" not in old_report()
+    document = Report.model_validate(old_report())
     assert document.format is document.gap is document.layers[0].sqnr_db is None
     assert [block.name for block in document.blocks][:2] == ["conv1", "layer1.0"]
 
