@@ -68,6 +68,7 @@ class Outcome:
         forecast: what the run was expected to take, or None where nothing is learned.
         digests: of model and images.
         warnings: from the checks before the run.
+        target, sensitivity: the report's keys, if they were asked for.
     """
 
     captured: CapturedModel
@@ -87,6 +88,8 @@ class Outcome:
     forecast: dict[str, Any] | None
     digests: dict[str, str]
     warnings: list[str]
+    target: dict[str, Any] | None = None
+    sensitivity: dict[str, Any] | None = None
 
 
 def report_of(run: Outcome) -> dict[str, Any]:
@@ -103,6 +106,8 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "comparison": [_comparison(method, run) for method in run.models],
         "differences": [] if labels is None else _differences(run, labels),
         "gap": _gap(run),
+        "target": run.target,
+        "sensitivity": run.sensitivity,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
         "measured_images": run.measurements.images,
         "blocks": [
