@@ -11,11 +11,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from aquant_core.report.schema import Report
-from service.api.deps import Parts, PartsDep
+from service.api.auth import Owner, OwnerDep
+from service.api.deps import PartsDep
 from service.api.problems import RESPONSE, problem
 from service.api.report_pages import page_of, prefers_page
 from service.jobs.errors import ArtifactNotReadyError
-from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
 router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
@@ -33,12 +33,13 @@ class _File:
 @router.get("/jobs/{job_id}/report", response_model=Report, responses={200: {"content": {"text/html": {}}}})
 async def report(
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     accept: Annotated[str | None, Header(description="text/html for a page, else JSON.")] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page."""
-    file = await run_in_threadpool(_find, parts, job_id, "report")
+    file = await run_in_threadpool(_find, owner, job_id, "report")
     if prefers_page(accept):
         body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
         page = await run_in_threadpool(page_of, body, if_none_match)
@@ -62,13 +63,14 @@ async def report(
 async def checkpoint(
     request: Request,
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     range: Annotated[str | None, Header(description="One range of bytes.")] = None,
     if_range: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
-    file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
     headers = {
         "ETag": file.etag,
         "Accept-Ranges": "bytes",
@@ -108,9 +110,9 @@ _REMEDY = {
 }
 
 
-def _find(parts: Parts, job_id: str, name: str) -> _File:
-    with parts.sessions() as session:
-        job = JobRepository(session).get(job_id)
+def _find(owner: Owner, job_id: str, name: str) -> _File:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
         artifact = job.artifact(name)
         if artifact is None:
             raise ArtifactNotReadyError(
