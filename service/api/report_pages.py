@@ -51,6 +51,7 @@ def page_of(body: bytes, if_none_match: str | None) -> Response | None:
     tag = f'"{hashlib.sha256(page).hexdigest()}"'
     headers = {
         "ETag": tag,
+        "Cache-Control": "no-cache",
         "Vary": "Accept",
         "Content-Security-Policy": f"{content_policy()}; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
