@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from aquant_core.capture_model import capture
 from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
-from aquant_core.finished_blocks import FinishedBlocks
+from aquant_core.finished_blocks import FinishedBlocks, words_of_widths
 from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import forecast, together
+from aquant_core.forecast import Forecast, forecast, together
 from aquant_core.graph import CapturedModel
 from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
 from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
@@ -29,7 +30,9 @@ from aquant_core.placement import mark_before, shortcut_of
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
+from aquant_core.sensitivity import sensitivity
 from aquant_core.sequence import Run, reconstruct_blocks
+from aquant_core.target import Task, search
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -81,11 +84,14 @@ def quantize(
         AQuantError: one of its subclasses, before any reconstruction.
         pydantic.ValidationError: ``config`` is a dict with a key or value that a ``QuantizationConfig`` does not take.
     """
+    if isinstance(config, dict):
+        config = QuantizationConfig.model_validate(config)
+    if config.target is not None and resume_from is None:  # candidates take blocks from each other by way of files
+        with TemporaryDirectory(prefix="aquant-search-", dir=resources.folder if resources else None) as folder:
+            return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder)
     started = time.monotonic()
     tell = on_progress or (lambda _: None)
     tell(Progress("capture"))
-    if isinstance(config, dict):
-        config = QuantizationConfig.model_validate(config)
     calibration = _image_set(calibration, "calibration")
     evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
     captured = capture(model, config.architecture, calibration.images[:2])
@@ -121,16 +127,42 @@ def quantize(
         for name in learned
     }
     expected = together(list(forecasts.values())).document() if learned else None
-    tell(Progress("nearest", blocks=count, forecast=expected))
-    weights = search_weights(graph, config)
+    searching = config.target is not None
+    tell(Progress("search" if searching else "nearest", blocks=count, forecast=None if searching else expected))
     float_logits = logits_of(graph, evaluation.images, resources.device)
     if not float_logits.isfinite().all():
         raise NonFiniteError(
             "The float network gives NaN or infinity for some evaluation images.",
             "Check its weights, and the images' scaling.",
         )
+
+    def finished(name: Method, widths: QuantizationConfig) -> FinishedBlocks:
+        identity = _identity(digests, len(calibration), config, schedules[name])
+        words = words_of_widths(graphs[name], blocks[name], widths) if searching else None
+        return FinishedBlocks(Path(resume_from or ""), identity, name, words)
+
+    chosen, target = config, None
+    if searching:
+        name = config.method
+        task = Task(
+            name,
+            graphs[name],
+            blocks[name],
+            schedules[name],
+            forecasts.get(name, Forecast()),
+            calibration.images,
+            evaluation,
+            float_logits,
+            resources,
+            partial(finished, name),
+        )
+        found = search(task, graph, config, tell)
+        chosen, target = found.config, found.document
+        expected = found.forecast.document() if learned else None
+        warnings += found.warnings
+    weights = search_weights(graph, chosen)
     models = {
-        name: quantize_to_nearest(graphs[name], calibration.images, config, schedules[name].method.placement, weights)
+        name: quantize_to_nearest(graphs[name], calibration.images, chosen, schedules[name].method.placement, weights)
         for name in methods
     }
     nearest = next((models[name] for name in methods if schedules[name].method.placement == "input"), None)
@@ -142,8 +174,7 @@ def quantize(
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
     if resume_from is not None:
         for name, run in runs.items():
-            identity = _identity(digests, len(calibration), config, run)
-            run.finished = FinishedBlocks(Path(resume_from), identity, name)
+            run.finished = finished(name, chosen)
     if runs:
         reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
 
@@ -161,6 +192,21 @@ def quantize(
         if name == config.method:
             logits["quantized"] = of_method
     main = models[config.method]
+    sensitivities = None
+    if config.sensitivity:
+        sensitivities = sensitivity(
+            graph,
+            chosen,
+            calibration.images,
+            schedules[config.method],
+            {"float": float_logits, "quantized": logits["quantized"]},
+            evaluation.labels,
+            resources,
+            forecasts.get(config.method, Forecast()).placement,
+            lambda begun, tries: tell(
+                Progress("sensitivity", blocks=count, iteration=begun, iterations=tries, method=config.method)
+            ),
+        )
     digests["logits"] = logits_digest(logits["quantized"])
     report = {
         "accuracy": None
@@ -175,6 +221,8 @@ def quantize(
         "layers": [_describe_layer(main, name) for name in main.layers],
         "values": [_describe_value(main, name) for name in main.quantizers],
         "size": _size(captured, main),
+        "target": target,
+        "sensitivity": sensitivities,
         "method": config.method,
         "protocol": _protocol(config, main, schedules[config.method].method),
         "preset": vars(preset) | {"name": config.preset},
@@ -203,15 +251,20 @@ def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
     return images
 
 
-def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, run: Run) -> dict[str, Any]:
-    """What decides how a method's blocks come out; ``images`` are those not held back."""
+def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, schedule: Schedule) -> dict[str, Any]:
+    """What decides how a method's blocks come out; ``images`` are those not held back.
+
+    In a search the layers' widths are part of the blocks' names instead, and what is wanted of the network is none of
+    the blocks' business: a search for another target takes them, too.
+    """
+    beside = {"method", "compare", "target", "sensitivity"} | ({"layers"} if config.target is not None else set())
     return {
         "digests": {name: digests[name] for name in ("model", "calibration")},
         "images": images,
-        "config": config.model_dump(mode="json", exclude={"method", "compare"}),
+        "config": config.model_dump(mode="json", exclude=beside),
         "protocol": config.resolved_protocol.model_dump(),
-        "preset": vars(run.schedule.preset),
-        "settings": vars(run.schedule.method),
+        "preset": vars(schedule.preset),
+        "settings": vars(schedule.method),
     }
 
 
