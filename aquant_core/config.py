@@ -189,7 +189,7 @@ class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
     target: Annotated[
         Target | None,
         Field(
-            description="Search each layer's bit widths, from the two above upwards, for the smallest network that holds it."
+            description="Search the layers' bit widths, from the two above upwards, for the smallest network that holds"
         ),
     ] = None
     sensitivity: Annotated[

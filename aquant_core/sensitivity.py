@@ -18,8 +18,9 @@ from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
 from aquant_core.widths import raised, weight_bytes
 
-_UNSURE = 1.0
-"""TODO"""
+_UNSURE_BY = 2.0
+"""The factor by which a gain may be another, either way, without any chance in it: layers do not quite add up, and the
+network's loss does not quite go with its error (``benchmarks/sensitivity.py`` counts how often the interval held)."""
 
 
 def sensitivity(
@@ -35,8 +36,8 @@ def sensitivity(
 ) -> dict[str, Any]:
     """What more bits would gain a layer, and cost it; the report's ``sensitivity``.
 
-    What the network lost against the float one is shared out among the layers by what each alone does to the float
-    network's outputs (``damages``): a layer's gain is the share that goes away when it is raised.
+    What each layer alone does to the float network's outputs is measured at its widths and at the raised ones
+    (``damages``). What the network lost against the float one is then shared out, see ``expected_gain``.
 
     Args:
         graph: the folded float network, without marks.
@@ -54,23 +55,48 @@ def sensitivity(
     layers: list[dict[str, Any]] = []
     if any(len(widths) > 1 for widths in offered.values()):
         damage = damages(graph, offered, images, schedule, config.seed, resources, placement, tell)
-        total = sum(done[0] for done in damage.values())
-        lost, low, high = paired_difference(right["float"], right["quantized"])
-        for name, (widths, *more) in offered.items():
-            if not more:
+        total = sum(at_its_widths for at_its_widths, *_ in damage.values())
+        for name, (widths, *higher) in offered.items():
+            if not higher:
                 continue
             share = max(damage[name][0] - damage[name][1], 0.0) / total if total else 0.0
+            gain, low, high = expected_gain(share, right["float"], right["quantized"])
             numbers = graph.weights[name]["weight"].numel()
             layers.append(
                 {
                     "layer": name,
                     "bits": list(widths),
-                    "raised_bits": list(more[0]),
-                    "share": round(share, 6),
-                    "gain": round(share * max(lost, 0.0), 6),
-                    "interval": [0, 0],
-                    "cost_bytes": weight_bytes(numbers, more[0][0]) - weight_bytes(numbers, widths[0]),
+                    "raised_bits": list(higher[0]),
+                    "error_share": round(share, 6),
+                    "gain": round(gain, 6),
+                    "interval": [round(low, 6), round(high, 6)],
+                    "cost_bytes": weight_bytes(numbers, higher[0][0]) - weight_bytes(numbers, widths[0]),
                 }
             )
-    layers.sort(key=lambda layer: (-layer["gain"], -layer["share"], layer["cost_bytes"]))
+    layers.sort(key=lambda layer: (-layer["gain"], -layer["error_share"], layer["cost_bytes"]))
     return {"metric": metric, "n": len(wanted), "layers": layers}
+
+
+def expected_gain(share: float, of_float: Tensor, of_quantized: Tensor) -> tuple[float, float, float]:
+    """Accuracy that a run with the layer raised should gain on the same images, and its 95 % interval.
+
+    A decision is lost where the error of the logits exceeds their margin. Margins near 0 are about evenly spread, so
+    what is lost goes with the error's amplitude: without ``share`` of its energy, sqrt(1 - share) of the loss is left.
+
+    The interval holds three doubts: the estimate itself, by a factor; the images; and that another run decides anew:
+    about as many images as quantization has decided otherwise change sides, either way.
+
+    Args:
+        share: of the squared error, what goes away.
+        of_float, of_quantized: (N,) whether either network had each image right.
+    """
+    lost, low, high = paired_difference(of_float, of_quantized)
+    left_out = 1 - math.sqrt(max(1 - share, 0.0))
+    gain = left_out * max(lost, 0.0)
+    by_chance = Z * math.sqrt(float((of_float != of_quantized).sum()) + 1) / len(of_float)
+    below, above = ((lost - low) * left_out, (high - lost) * left_out)
+    return (
+        gain,
+        gain - math.hypot(gain * (1 - 1 / _UNSURE_BY), below, by_chance),
+        gain + math.hypot(gain * (_UNSURE_BY - 1), above, by_chance),
+    )

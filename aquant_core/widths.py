@@ -83,7 +83,7 @@ def thinned(assignments: Sequence[dict[str, Choice]], count: int) -> list[dict[s
     """At most ``count`` of a chain, the first and the last among them, each by the same factor larger than the last."""
     sizes = [sum(choice.size for choice in assignment.values()) for assignment in assignments]
     smallest, largest = max(sizes[0], 1), max(sizes[-1], 1)
-    wanted = [smallest * math.exp(math.log(largest / smallest) * step / (count - 1)) for step in range(1, count - 1)]
+    wanted = [round(smallest * (largest / smallest) ** (step / (count - 1))) for step in range(1, count - 1)]
     kept = {0, *(bisect.bisect_left(sizes, size) for size in wanted), len(sizes) - 1}
     return [assignments[index] for index in sorted(kept) if index < len(sizes)]
 
