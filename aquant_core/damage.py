@@ -21,8 +21,9 @@ from aquant_core.resources import Resources, return_free_memory
 from aquant_core.sequence import FloatValues, seed_of_block
 from aquant_core.widths import Widths
 
-_SHORT = PRESETS["smoke"]
-"""Twenty iterations, at rates with which so few already do something."""
+_SHORT, _SHARE = PRESETS["smoke"], 15
+"""Twenty iterations, at rates with which so few already do something; in a short run, no more than a fifteenth of its
+own, so that two tries of every layer take about a fifth of its time."""
 
 
 def damages(
@@ -44,7 +45,7 @@ def damages(
         graph: the folded float network, without marks: inputs are quantized where layers read them.
         offered: by layer, the bits of weight and input that are tried.
         images: (N, C, H, W) calibration images; the first ``CALIBRATED_ON`` are used.
-        schedule: method and border of the run that this is for; iterations and rates are ``smoke``'s.
+        schedule: how the run that this is for learns a block; here it is fewer iterations, at ``smoke``'s rates.
         seed: of every random draw.
         resources: the device, and where mapped files lie.
         placement: where the float network's values are kept.
@@ -54,7 +55,7 @@ def damages(
         By layer, one number for each of its widths.
     """
     images = images[:CALIBRATED_ON]
-    iterations = min(schedule.preset.iterations, _SHORT.iterations)
+    iterations = min(schedule.preset.iterations // _SHARE, _SHORT.iterations)
     short = replace(
         schedule,
         method=replace(schedule.method, placement="input", unit="block"),
@@ -102,7 +103,7 @@ def _learned(
     model = QuantizedModel(graph)
     entering = {block.input: values.clean.read(0, len(values.clean))}
     quantize_nodes_to_nearest(model, block.nodes, entering, config, "input")
-    if schedule.method.reconstruct:
+    if schedule.method.reconstruct and schedule.preset.iterations:
         device = values.resources.device
         generator = torch.Generator(device).manual_seed(seed_of_block(seed, f"{layer}/{widths[0]}/{widths[1]}"))
         cache = BlockCache(values.clean, values.clean, values.target)
