@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aquant_core.evaluation import (
     accuracy,
+    decisions_to_meet,
     evaluation_batch_size,
     fidelity,
     logits_digest,
@@ -97,3 +98,11 @@ def test_logits_are_in_order_whatever_the_batches() -> None:
     assert sizes == [32, 32, 6]
     assert logits.shape == (70, 2)
     assert torch.equal(logits[:, 0], torch.arange(70.0))
+
+
+def test_decisions_to_meet_are_the_labels_or_the_float_networks() -> None:
+    logits, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([0, 0])
+    assert decisions_to_meet(logits, labels) == ("top1", labels)
+    metric, wanted = decisions_to_meet(logits, None)
+    assert metric == "agreement"
+    assert wanted.tolist() == [1, 0]
