@@ -99,27 +99,26 @@ def search(task: Task, unmarked: CapturedModel, config: QuantizationConfig, tell
         config: with a target.
         tell: told of the widths tried, and of the blocks over all candidates.
     """
-    assert config.target is not None
+    target = config.target
+    assert target is not None
     candidates = _candidates(task, unmarked, config, tell)
     rounds = len(candidates).bit_length()
     expected = Forecast(rounds * task.forecast.blocks)
     count = sum(block.has_parts for block in task.blocks)
     tell(Progress("nearest", blocks=rounds * count, forecast=expected.document() if expected.blocks else None))
-    low, high = 0, len(candidates)
     tried: dict[int, dict[str, Any]] = {}
-    while low < high:
-        middle = (low + high) // 2
+
+    def holds(index: int) -> bool:
         later = rounds - len(tried) - 1
         told = _Told(tell, len(tried) * count, rounds * count, later * task.forecast.seconds)
-        tried[middle] = _measured(task, candidates[middle], config.target, told)
-        if tried[middle]["held"]:
-            high = middle
-        else:
-            low = middle + 1
-    held = high < len(candidates)
-    best = high if held else min(tried, key=lambda index: (tried[index]["drop"], index))
+        tried[index] = _measured(task, candidates[index], target, told)
+        return bool(tried[index]["held"])
+
+    first = first_that_holds(len(candidates), holds)
+    held = first < len(candidates)
+    best = first if held else min(tried, key=lambda index: (tried[index]["drop"], index))
     document = {
-        "max_accuracy_drop": config.target.max_accuracy_drop,
+        "max_accuracy_drop": target.max_accuracy_drop,
         "metric": decisions_to_meet(task.float_logits, task.evaluation.labels)[0],
         "n": len(task.evaluation),
         "held": held,
@@ -129,6 +128,22 @@ def search(task: Task, unmarked: CapturedModel, config: QuantizationConfig, tell
         "chosen": list(tried).index(best),
     }
     return Found(candidates[best], expected, document, _warnings(document))
+
+
+def first_that_holds(count: int, holds: Callable[[int], bool]) -> int:
+    """The first of ``count`` in a row that holds, if all behind one that holds do; ``count`` if none does.
+
+    It asks at most ``count.bit_length()`` times. Where not all behind one hold, the answer still has held, and the one
+    before it has not.
+    """
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 class _Told:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aquant_core.config import QuantizationConfig
@@ -18,6 +20,7 @@ from aquant_core.images import ImageSet
 from aquant_core.methods import PRESETS
 from aquant_core.pipeline import QuantizationResult, quantize
 from aquant_core.progress import Progress
+from aquant_core.target import first_that_holds
 
 PRESET = replace(PRESETS["smoke"], iterations=6)
 BLOCKS = 4
@@ -79,6 +82,35 @@ def run(
     config = {"target": {"max_accuracy_drop": drop}, "protocol": "all-low-bit", "sensitivity": False} | changes
     checked = QuantizationConfig.model_validate(config)
     return quantize(trained(), CALIBRATION, checked, evaluation, on_progress, PRESET, resume_from=folder)
+
+
+@given(st.lists(st.booleans(), max_size=31))
+def test_the_first_that_holds(row: list[bool]) -> None:
+    asked: list[int] = []
+
+    def holds(index: int) -> bool:
+        asked.append(index)
+        return row[index]
+
+    first = first_that_holds(len(row), holds)
+    assert len(set(asked)) == len(asked) <= len(row).bit_length()
+    assert first == len(row) or (row[first] and first in asked)
+    assert first == 0 or (not row[first - 1] and first - 1 in asked)
+
+
+@given(st.integers(0, 31).flatmap(lambda count: st.tuples(st.just(count), st.integers(0, count))))
+def test_the_first_that_holds_in_order(case: tuple[int, int]) -> None:
+    count, first = case
+    assert first_that_holds(count, lambda index: index >= first) == first
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=31), st.floats(0, 5), st.floats(0, 5))
+def test_a_larger_drop_never_leads_further_whatever_the_candidates_do(
+    drops: list[float], one: float, other: float
+) -> None:
+    small, large = sorted((one, other))
+    found = [first_that_holds(len(drops), lambda index, most=most: drops[index] <= most) for most in (small, large)]
+    assert found[1] <= found[0]
 
 
 @pytest.fixture(scope="module")
