@@ -137,9 +137,10 @@ def quantize(
         )
 
     def finished(name: Method, widths: QuantizationConfig) -> FinishedBlocks:
+        assert resume_from is not None
         identity = _identity(digests, len(calibration), config, schedules[name])
         words = words_of_widths(graphs[name], blocks[name], widths) if searching else None
-        return FinishedBlocks(Path(resume_from or ""), identity, name, words)
+        return FinishedBlocks(Path(resume_from), identity, name, words)
 
     chosen, target = config, None
     if searching:
@@ -168,7 +169,7 @@ def quantize(
     nearest = next((models[name] for name in methods if schedules[name].method.placement == "input"), None)
     if nearest is None:
         nearest_graph = marked(graph, config, METHODS["nearest"])
-        nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
+        nearest = quantize_to_nearest(nearest_graph, calibration.images, chosen, weights=weights)
     logits = {"float": float_logits, "nearest": logits_of(nearest, evaluation.images, resources.device)}
     del weights, nearest
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}

@@ -233,6 +233,11 @@ def test_other_methods_are_searched_too(method: str) -> None:
     assert chosen["layers"] == {
         layer["name"]: [layer["weight_bits"], layer["activation_bits"]] for layer in report["layers"]
     }
+    # What it is compared with is rounded to nearest at the same widths.
+    layers = {name: {"weight_bits": w, "activation_bits": a} for name, (w, a) in chosen["layers"].items()}
+    config = {"method": "nearest", "weight_bits": 2, "activation_bits": 2, "layers": layers, "sensitivity": False}
+    nearest = quantize(trained(), CALIBRATION, config | {"protocol": "all-low-bit"}, EVALUATION).report
+    assert report["fidelity"]["nearest"] == nearest["fidelity"]["quantized"]
 
 
 def saved(result: QuantizationResult, path: Path) -> bytes:
