@@ -74,6 +74,9 @@ ENV PATH=/opt/venv/bin:/opt/aquant/bin:$PATH \
 WORKDIR /data
 
 FROM runtime AS api
+# Where the compose file's service `secrets` finds its volumes: an empty one takes its owner from here.
+RUN install -d -o aquant -g aquant -m 0750 /volumes/seed /volumes/aquant /volumes/postgres /volumes/redis /volumes/s3 \
+        /volumes/store
 COPY --from=api-dependencies /opt/venv /opt/venv
 COPY --from=project /opt/aquant /opt/aquant
 USER 10001:10001

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from servers import S3, STORES
 
-from service.artifacts import Artifacts, ArtifactsDownError, UnsupportedStoreError, job_prefix, open_artifacts
+from service.artifacts import Artifacts, ArtifactsDownError, job_prefix, open_artifacts
+from service.s3 import UnsupportedStoreError
 from service.settings import Settings
 
 in_every_store = pytest.mark.parametrize("storage", STORES, indirect=True)
