@@ -21,7 +21,8 @@ RUN groupadd --gid 999 postgres \
     && apt-get install -y --no-install-recommends postgresql \
     && rm -rf /var/lib/apt/lists/* \
     && ln -s /usr/lib/postgresql/*/bin /usr/lib/postgresql/bin \
-    && install -d -o postgres -g postgres /var/lib/postgresql/data
+    && install -d -o postgres -g postgres /var/lib/postgresql/data \
+    && chmod 3777 /run/postgresql
 ENV PATH=/usr/lib/postgresql/bin:$PATH PGDATA=/var/lib/postgresql/data
 COPY tests/deploy/postgres.sh /usr/local/bin/postgres.sh
 VOLUME /var/lib/postgresql/data
