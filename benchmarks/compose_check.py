@@ -3,8 +3,7 @@
     python benchmarks/compose_check.py                          the compose file's own images
     python benchmarks/compose_check.py --debian debian:13-slim  its servers from Debian's packages instead
 
-Needs a container engine with Compose: Docker's, or another by ``--engine podman --compose podman-compose``. The
-project is named ``aquant-check``; its containers and volumes are gone afterwards. What docker-compose.yml lets be set
+Needs a container engine with Compose: Docker's where its daemon answers, else Podman's. The project is named ``aquant-check``; its containers and volumes are gone afterwards. What docker-compose.yml lets be set
 (BASE_IMAGE, PIP_INDEX_URL, REDIS_IMAGE, ...) is taken from the environment. A job is run undisturbed, then one for
 every container that is restarted under it; containers are asked for their rights, their mounts and their routes; the
 workers are multiplied; everything is taken down and brought up again. Result: ``results/compose_check.json``.
@@ -16,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -61,8 +61,8 @@ class CheckFailedError(Exception):
 class Deployment:
     """The compose project, seen through the engine's command line."""
 
-    def __init__(self, engine: list[str], compose: list[str], environment: dict[str, str]) -> None:
-        self._engine, self._environment = engine, environment
+    def __init__(self, engine: str, compose: list[str], environment: dict[str, str]) -> None:
+        self._engine, self._environment = [engine], environment
         self._compose = [*compose, "-p", PROJECT, "--profile", "cpu"]
 
     def compose(self, *arguments: str, content: bytes | None = None) -> bytes:
@@ -107,23 +107,22 @@ class Deployment:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="docker", help="command of the container engine")
-    parser.add_argument("--compose", default="docker compose", help="command of its Compose")
     parser.add_argument("--debian", metavar="IMAGE", help="build the servers upon this Debian, instead of pulling them")
     parser.add_argument("--out", type=Path, default=RESULTS / "compose_check.json")
     options = parser.parse_args()
     port = free_port()
     environment = {"API_PORT": str(port)} | {f"{name.upper()}_IMAGE": own(name) for name in SERVERS if options.debian}
-    deployment = Deployment(shlex.split(options.engine), shlex.split(options.compose), environment)
+    deployment = Deployment(*find_engine(), environment)
     steps: dict[str, Any] = {}
     wrong: list[str] = []
     with Client(f"http://127.0.0.1:{port}", timeout=120.0) as client, volumes(deployment):
         try:
             for name, step in plan(deployment, client, options.debian):
+                print(f"{name} ...", flush=True)
                 started = time.monotonic()
                 found = step()
                 steps[name] = {"seconds": round(time.monotonic() - started, 1), **found}
-                print(f"{name}: {json.dumps(steps[name])}", flush=True)
+                print(json.dumps(steps[name]), flush=True)
         except (CheckFailedError, ServiceProblemError, ServiceUnreachableError, TimeoutError) as error:
             wrong.append(f"{name}: {error}")
         about = versions(deployment) if not wrong else {}
@@ -338,6 +337,19 @@ def volumes(deployment: Deployment) -> Iterator[None]:
 def own(name: str) -> str:
     """Image of a server upon Debian."""
     return f"aquant-check-{name}"
+
+
+def find_engine() -> tuple[str, list[str]]:
+    """The commands of an engine that answers, and of its Compose."""
+    for engine, compose in (("docker", ["docker", "compose"]), ("podman", ["podman-compose"])):
+        probes = [[engine, "info"], [*compose, "version"]]
+        if all(shutil.which(probe[0]) and not run_quietly(probe) for probe in probes):
+            return engine, compose
+    raise SystemExit("No container engine answers: start Docker with its Compose plugin, or install podman-compose.")
+
+
+def run_quietly(argv: list[str]) -> int:
+    return subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
 
 
 def free_port() -> int:
