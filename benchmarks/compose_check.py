@@ -3,10 +3,11 @@
     python benchmarks/compose_check.py                          the compose file's own images
     python benchmarks/compose_check.py --debian debian:13-slim  its servers from Debian's packages instead
 
-Needs a container engine with Compose: Docker's where its daemon answers, else Podman's. The project is named ``aquant-check``; its containers and volumes are gone afterwards. What docker-compose.yml lets be set
-(BASE_IMAGE, PIP_INDEX_URL, REDIS_IMAGE, ...) is taken from the environment. A job is run undisturbed, then one for
-every container that is restarted under it; containers are asked for their rights, their mounts and their routes; the
-workers are multiplied; everything is taken down and brought up again. Result: ``results/compose_check.json``.
+Needs a container engine with Compose: Docker's where its daemon answers, else Podman's. The project is named
+``aquant-check``; its containers and volumes are gone afterwards. What docker-compose.yml lets be set (BASE_IMAGE,
+PIP_INDEX_URL, REDIS_IMAGE, ...) is taken from the environment. A job is run undisturbed, then one for every container
+that is restarted under it; containers are asked for their rights, their mounts and their routes; the workers are
+multiplied; everything is taken down and brought up again. Result: ``results/compose_check.json``.
 """
 
 from __future__ import annotations
@@ -152,8 +153,11 @@ def plan(
     at_once = ["--time", "0"]
     yield "a worker is killed under a job", partial(restart, deployment, client, "worker", digest, at_once)
     yield "three workers share three jobs", partial(scale, deployment, client, digest)
-    yield "the backup of the database can be read", partial(dump, deployment, client)
     yield "all is there after down and up", partial(down_and_up, deployment, client, digest)
+    yield (
+        "all is there after a backup is read into empty volumes",
+        partial(back_up_and_restore, deployment, client, digest),
+    )
 
 
 def build(deployment: Deployment, debian: str | None) -> dict[str, Any]:
@@ -265,29 +269,40 @@ def scale(deployment: Deployment, client: Client, digest: str) -> dict[str, Any]
     return {"jobs_by_worker": shares}
 
 
-def dump(deployment: Deployment, client: Client) -> dict[str, Any]:
-    """The commands are those of docs/operations.md; read into another database, the copy has as many jobs."""
-    run = "export PGPASSWORD=$(cat /secrets/password) PGHOST=127.0.0.1 PGUSER=aquant; "
-    shell = ("exec", "-T", "postgres", "sh", "-ec")
-    copy = deployment.compose(*shell, f"{run} pg_dump --format=custom aquant")
-    deployment.compose(*shell, f"{run} createdb copy")
-    deployment.compose(*shell, f"{run} pg_restore --exit-on-error --dbname=copy", content=copy)
-    counted = int(deployment.compose(*shell, f"{run} psql -d copy -Atc 'SELECT count(*) FROM jobs'"))
-    deployment.compose(*shell, f"{run} dropdb copy")
-    jobs = len(client.list(limit=100).jobs)
-    expect(counted == jobs > 0, f"the copy has {counted} of {jobs} jobs")
-    return {"bytes": len(copy), "jobs": counted}
-
-
 def down_and_up(deployment: Deployment, client: Client, digest: str) -> dict[str, Any]:
     before = client.list(limit=100).jobs
     deployment.compose("down")
     start(deployment)
+    return the_same(client, before, digest)
+
+
+def back_up_and_restore(deployment: Deployment, client: Client, digest: str) -> dict[str, Any]:
+    """By the commands of docs/operations.md."""
+    before = client.list(limit=100).jobs
+    database = ("exec", "-T", "postgres", "sh", "-ec")
+    connect = "export PGPASSWORD=$(cat /secrets/password) PGHOST=127.0.0.1 PGUSER=aquant;"
+    files = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "tar", "secrets", "-C", "/volumes")
+    rows = deployment.compose(*database, f"{connect} pg_dump --format=custom aquant")
+    deployment.compose("stop", "s3")
+    archive = deployment.compose(*files, "-cf", "-", "seed", "store")
+    deployment.compose("down", "--volumes")
+    deployment.compose(*files, "-xf", "-", content=archive)
+    deployment.compose("up", "--detach", "--no-build", "postgres")
+    deployment.wait_until_healthy(("postgres",))
+    deployment.compose(*database, f"{connect} pg_restore --exit-on-error --dbname=aquant", content=rows)
+    start(deployment)
+    return {"bytes": {"rows": len(rows), "files": len(archive)}, **the_same(client, before, digest)}
+
+
+def the_same(client: Client, before: list[JobDocument], digest: str) -> dict[str, Any]:
+    """The same jobs with the same checkpoints, and a new one runs."""
     after = client.list(limit=100).jobs
     expect([job.id for job in after] == [job.id for job in before], f"{len(after)} of {len(before)} jobs are there")
     for job in after:
         expect(finished(client, job)["checkpoint_sha256"] == digest, f"the checkpoint of {job.id} is another")
-    return {"jobs": len(after), "checkpoints_the_same": True, "new_job": run_job(client)}
+    new = run_job(client)
+    expect(new["checkpoint_sha256"] == digest, f"the checkpoint is another: {new}")
+    return {"jobs": len(after), "checkpoints_the_same": True, "new_job": new}
 
 
 def submit(client: Client) -> JobDocument:

@@ -368,6 +368,14 @@ def test_a_worker_is_healthy_while_it_signs_in(services: dict[str, Any], tmp_pat
         engine.dispose()
 
 
+def test_what_can_be_set_is_in_the_manual(services: dict[str, Any]) -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    build = {argument for name in OWN for argument, value in services[name]["build"]["args"].items() if value is None}
+    table = (ROOT / "docs/operations.md").read_text().partition("Variables, from the shell")[2].partition("\n\n**")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {*re.findall(r"\$\{(\w+):-", text), *build}
+
+
 def test_the_compose_file_passes_its_linter() -> None:
     """The schema and the good habits that dclint knows; it comes from the network, so this may be skipped."""
     if shutil.which("npx") is None:
