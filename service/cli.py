@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.jobs.states import Device
+
 if TYPE_CHECKING:
     from service.client import Client
     from service.jobs.schemas import JobDocument
@@ -34,20 +36,21 @@ JobId = Annotated[str, typer.Argument(help="The job's id.")]
 def up(
     port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
-    """Start broker, API and worker on this machine; Ctrl-C stops all three."""
+    """Start broker, API and workers on this machine; Ctrl-C stops them all."""
     from service.local import MissingExtraError, StackError, local_stack
     from service.settings import Settings
 
-    given = {"port": port, "data_dir": data_dir}
+    given = {"port": port, "data_dir": data_dir, "workers": workers}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
         signal.signal(end, _interrupt)
     try:
         with local_stack(
-            settings, lambda part: typer.echo(f"{part.name:<7} {part.address}  (log: {part.log})")
+            settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
         ) as stack:
-            typer.echo(f"ready   {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
+            typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
             stack.watch()
     except KeyboardInterrupt:
         typer.echo("stopped")
@@ -99,6 +102,7 @@ def submit(
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
     ] = None,
+    device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -112,7 +116,7 @@ def submit(
         "seed": seed,
     }
     with _client(url) as client:
-        job = client.submit(model, calibration, _configuration(config, options), evaluation)
+        job = client.submit(model, calibration, _configuration(config, options), evaluation, device)
         typer.echo(job.id)
         if watch:
             _follow(client, job.id)

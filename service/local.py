@@ -1,4 +1,4 @@
-"""The embedded stack: broker, API and worker as child processes of one, on one machine, stopped together."""
+"""The embedded stack: broker, API and workers as child processes of one, on one machine, stopped together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from service.local_workers import TooFewGpusError, environments
 from service.settings import Settings
 
 READY_SECONDS = 90.0
@@ -118,9 +119,21 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         port = settings.port or free_port(settings.host)
         url = f"http://{settings.host}:{port}"
         environment = environment_of(settings, broker_url, port)
-        worker = start("worker", worker_command(f"aquant-{os.getpid()}"), f"data in {data_dir}", environment)
+        try:
+            of_workers = environments(settings, environment)
+        except TooFewGpusError as error:
+            raise StackError(str(error)) from error
+        workers = [
+            start(
+                "worker" if len(of_workers) == 1 else f"worker-{number}",
+                worker_command(f"aquant-{os.getpid()}-{number}"),
+                f"data in {data_dir}",
+                of_worker,
+            )
+            for number, of_worker in enumerate(of_workers, 1)
+        ]
         api = start("api", api_command(settings.host, port), url, environment)
-        _wait_until(lambda: _is_ready(url, worker.process.pid), api, worker)
+        _wait_until(lambda: _is_ready(url, {worker.process.pid for worker in workers}), api, *workers)
         yield Stack(url, data_dir, tuple(components))
 
 
@@ -267,12 +280,11 @@ def _answers_ping(port: int) -> bool:
         return False
 
 
-def _is_ready(url: str, worker_pid: int) -> bool:
-    """The API is up, its database and broker answer, and this very worker has signed in."""
+def _is_ready(url: str, worker_pids: set[int]) -> bool:
+    """The API is up, its database and broker answer, and these very workers have signed in."""
     try:
         response = httpx.get(f"{url}/health/ready", timeout=5)
     except httpx.TransportError:
         return False
-    return response.is_success and any(
-        worker["alive"] and worker["name"].endswith(f":{worker_pid}") for worker in response.json()["workers"]
-    )
+    alive = {int(worker["name"].rpartition(":")[2]) for worker in response.json().get("workers", []) if worker["alive"]}
+    return response.is_success and worker_pids <= alive

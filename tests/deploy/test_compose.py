@@ -15,7 +15,7 @@ import threading
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -40,6 +40,7 @@ CONFIGURED = ["migrate", "api", *WORKERS]
 OWN = ["secrets", *CONFIGURED]
 STAYING = ["api", *WORKERS, *SERVERS]
 ALL = [*ONCE, *STAYING]
+DEVICES: dict[str, Literal["cpu", "cuda"]] = {"worker": "cpu", "worker-gpu": "cuda"}
 READERS = {"postgres": "postgres", "redis": "redis", "s3": "s3"} | dict.fromkeys(CONFIGURED, "aquant")
 """Whose secrets each service has."""
 AWS = {"AWS_ENDPOINT_URL", "AWS_SHARED_CREDENTIALS_FILE"}
@@ -108,7 +109,12 @@ def test_every_setting_is_one_that_is_read_and_valid(
     assert ours.pop("AQUANT_SECRETS_DIR") == "/secrets"
     for variable, value in ours.items():
         bare_environment.setenv(variable, value)
-    expected = Settings(data_dir=Path("/data"), artifacts_url="s3://aquant/artifacts", log_format="json")
+    expected = Settings(
+        data_dir=Path("/data"),
+        artifacts_url="s3://aquant/artifacts",
+        log_format="json",
+        device=DEVICES.get(name, "auto"),
+    )
     assert Settings() == expected  # what is left empty is the default
     # The two addresses with a password are in files.
     make_passwords(folders(tmp_path))
@@ -118,7 +124,11 @@ def test_every_setting_is_one_that_is_read_and_valid(
 
 
 def test_api_migration_and_workers_have_the_same_settings(services: dict[str, Any]) -> None:
-    assert all(services[name]["environment"] == services["api"]["environment"] for name in CONFIGURED)
+    shared = services["api"]["environment"]
+    assert services["migrate"]["environment"] == shared
+    for name in WORKERS:
+        own = {"AQUANT_DEVICE", "AQUANT_MEMORY_BYTES", "AQUANT_DEVICE_MEMORY_BYTES"}
+        assert {key: value for key, value in services[name]["environment"].items() if key not in own} == shared
 
 
 def folders(root: Path) -> Path:
@@ -354,7 +364,7 @@ def test_a_worker_is_healthy_while_it_signs_in(services: dict[str, Any], tmp_pat
 
     def sign_in(host: str) -> None:
         with Session(engine) as session, session.begin():
-            JobRepository(session).note_worker(f"{host}:1", timedelta(hours=1))
+            JobRepository(session).note_worker(f"{host}:1", "cpu", "2 CPU cores", timedelta(hours=1))
 
     try:
         sign_in("another-host")
