@@ -35,7 +35,7 @@ from service.jobs.states import JobState
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
-CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "fast", "iterations": 200}
+CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "fast", "iterations": 100}
 PROJECT = "aquant-check"
 SERVERS = ("redis", "postgres", "s3")
 SERVICES = ("api", "worker", *SERVERS)
