@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aquant-capacity-") as folder:
-        settings = Settings(data_dir=Path(folder), database_url=options.database_url)
+        settings = Settings(data_dir=Path(folder), database_url=options.database_url, reads_per_minute=10**9)
         migrate(settings)
         engine = open_database(settings)
         sessions = sessionmaker(engine, expire_on_commit=False)

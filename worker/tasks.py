@@ -95,7 +95,7 @@ class JobRunner:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
         lease = timedelta(seconds=self._settings.lease_seconds)
         with self._sessions.begin() as session:
-            return JobRepository(session).claim_next(owner, lease, self._device)
+            return JobRepository(session).claim_next(owner, lease, self._device, self._settings.max_jobs_running)
 
     def _run(self, job: JobRecord, claim: Claim) -> JobState | None:
         log.info("job %s: attempt %d begins", job.id, claim.attempt)

@@ -276,6 +276,9 @@ def test_what_is_kept_is_in_volumes_of_its_own(
 def test_only_the_api_is_published_and_only_here(services: dict[str, Any]) -> None:
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
     assert services["api"]["ports"] == [{"host_ip": "127.0.0.1", "published": "8000", "target": 8000}]
+    assert services["api"]["environment"]["AQUANT_PUBLISHED_ON"] == "127.0.0.1"
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["api"]
+    assert written["environment"]["AQUANT_PUBLISHED_ON"] == written["ports"][0]["host_ip"]  # whatever it is set to
 
 
 def test_nothing_but_the_api_has_a_way_out(services: dict[str, Any], compose: dict[str, Any]) -> None:
