@@ -253,6 +253,7 @@ def restart(deployment: Deployment, client: Client, service: str, digest: str, h
     deployment.wait_until_healthy(SERVICES)
     found = finished(client, client.wait(job.id, JOB_SECONDS))
     expect(found["checkpoint_sha256"] == digest, f"the checkpoint is another: {found}")
+    expect(found["attempts"] <= 2, f"one restart cost more than one attempt: {found}")
     return {"restarted_at": reached, **found}
 
 

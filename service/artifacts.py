@@ -173,9 +173,18 @@ class Artifacts(ABC):
         except ArtifactsDownError as error:
             log.warning("%s stays in the store: %s", prefix, error)
 
+    def try_out(self, prefix: str) -> None:
+        """Write a small object under ``prefix``, read it and remove it: a server that has just started may list what
+        it has before it does any of that."""
+        key = f"{prefix}trial"
+        with self._answering():
+            obstore.put(self._store, key, b"trial")
+            obstore.get(self._store, key).bytes()
+            obstore.delete(self._store, key)
+
     @abstractmethod
     def check(self) -> None:
-        """Raise ArtifactsDownError if the store cannot be used."""
+        """Raise ArtifactsDownError if the store cannot be used, as far as that is seen by listing what is in it."""
 
     @abstractmethod
     def create(self) -> None:

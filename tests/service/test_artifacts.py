@@ -240,6 +240,12 @@ def test_keys_are_read_from_amazons_file(s3: S3, monkeypatch: pytest.MonkeyPatch
         open_artifacts(s3.url())
 
 
+@in_every_store
+def test_a_store_is_tried_out_without_a_trace(artifacts: Artifacts) -> None:
+    artifacts.try_out("jobs/a/")
+    assert artifacts.keys("jobs") == []
+
+
 @in_a_folder
 def test_folder_that_has_gone_fails_the_check(artifacts: Artifacts, settings: Settings) -> None:
     (settings.data_dir / "artifacts").rmdir()
