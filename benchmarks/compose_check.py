@@ -116,9 +116,10 @@ def main() -> None:
     deployment = Deployment(*find_engine(), environment)
     steps: dict[str, Any] = {}
     wrong: list[str] = []
-    with Client(f"http://127.0.0.1:{port}", timeout=120.0) as client, volumes(deployment):
+    url = f"http://127.0.0.1:{port}"
+    with Client(url, timeout=120.0) as client, volumes(deployment):
         try:
-            for name, step in plan(deployment, client, options.debian):
+            for name, step in plan(deployment, client, url, options.debian):
                 print(f"{name} ...", flush=True)
                 started = time.monotonic()
                 found = step()
@@ -133,7 +134,7 @@ def main() -> None:
 
 
 def plan(
-    deployment: Deployment, client: Client, debian: str | None
+    deployment: Deployment, client: Client, url: str, debian: str | None
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """The steps by name; later ones know the checkpoint of the undisturbed job."""
     yield "images are built", partial(build, deployment, debian)
@@ -150,7 +151,7 @@ def plan(
     digest = sound["job"]["checkpoint_sha256"]
     for service in SERVICES:
         yield f"{service} is restarted under a job", partial(restart, deployment, client, service, digest, [])
-    at_once = ["--time", "0"]
+    at_once = ["-t", "0"]
     yield "a worker is killed under a job", partial(restart, deployment, client, "worker", digest, at_once)
     yield "three workers share three jobs", partial(scale, deployment, client, digest)
     yield "all is there after down and up", partial(down_and_up, deployment, client, digest)
@@ -158,6 +159,7 @@ def plan(
         "all is there after a backup is read into empty volumes",
         partial(back_up_and_restore, deployment, client, digest),
     )
+    yield "with a key nobody does without", partial(ask_for_keys, deployment, client, url)
 
 
 def build(deployment: Deployment, debian: str | None) -> dict[str, Any]:
@@ -293,6 +295,24 @@ def back_up_and_restore(deployment: Deployment, client: Client, digest: str) -> 
     deployment.compose(*database, f"{connect} pg_restore --exit-on-error --dbname=aquant", content=rows)
     start(deployment)
     return {"bytes": {"rows": len(rows), "files": len(archive)}, **the_same(client, before, digest)}
+
+
+def ask_for_keys(deployment: Deployment, client: Client, url: str) -> dict[str, Any]:
+    """Once there is a key, by the command of docs/operations.md, nobody does without; its owner has the jobs."""
+    jobs = len(client.list(limit=100).jobs)
+    create = ("aquant", "keys", "create", "check", "--owner", "check", "--adopt")
+    secret = deployment.compose("exec", "-T", "api", *create).decode().strip()
+    try:
+        client.list()
+    except ServiceProblemError as error:
+        refusal = error.problem.code
+    else:
+        raise CheckFailedError("the API answers without a key")
+    with Client(url, key=secret) as owner:
+        adopted = len(owner.list(limit=100).jobs)
+    expect(adopted == jobs, f"the owner has {adopted} of {jobs} jobs")
+    deployment.wait_until_healthy(SERVICES)
+    return {"without_a_key": refusal, "jobs_with_it": adopted}
 
 
 def the_same(client: Client, before: list[JobDocument], digest: str) -> dict[str, Any]:
