@@ -104,7 +104,7 @@ ENV NUMBA_CACHE_DIR=/data/work/cache/numba \
     REMAP_SIGTERM=SIGQUIT
 USER 10001:10001
 # Its sign of life in the database, which it writes busy or not.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 CMD python -m worker.health
+HEALTHCHECK --interval=30s --timeout=25s --start-period=60s --retries=3 CMD python -m worker.health
 # Celery's level is that of what it writes past the log.
 CMD ["python", "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle", \
      "--loglevel", "WARNING"]
