@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aquant_core import checkpoint
+from aquant_core import checkpoint_torch
 from aquant_core.capture_model import capture
 from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
@@ -48,9 +48,9 @@ class QuantizationResult:
     report: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Writes the checkpoint (see ``aquant_core.checkpoint``)."""
+        """Writes the checkpoint (see docs/checkpoint.md)."""
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
-        checkpoint.save(self.model, path, about)
+        checkpoint_torch.save(self.model, path, about)
 
 
 def quantize(
@@ -243,15 +243,16 @@ def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
 
 
 def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
-    tensors = checkpoint.tensors_of(model)
-    border = [t for name, t in tensors.items() if name.endswith((".border", ".alpha"))]
+    tensors = checkpoint_torch.tensors_of(model)
+    borders = [layer.border for layer in model.layers.values() if layer.border is not None]
+    parameters = sum(border.number_of_parameters() for border in borders)
     folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
     return {
         "float_bytes": captured.float_bytes(),
-        "quantized_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        "border_bytes": sum(t.numel() * t.element_size() for t in border),
-        "border_parameters": sum(t.numel() for t in border),
-        "border_share": round(sum(t.numel() for t in border) / folded, 6),
+        "quantized_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "border_bytes": sum(tensor.nbytes for border in borders for tensor in border.stored()[0].values()),
+        "border_parameters": parameters,
+        "border_share": round(parameters / folded, 6),
     }
 
 

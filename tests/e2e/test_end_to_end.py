@@ -134,7 +134,7 @@ def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
 ) -> None:
     import torch
 
-    from aquant_core.checkpoint import load
+    from aquant_core import load
     from aquant_core.images import read_images
 
     job, _ = finished
