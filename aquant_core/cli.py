@@ -47,7 +47,10 @@ def quantize(
     config: Annotated[
         str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(dir_okay=False, help="Where to write the report, as JSON.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON."),
+    ] = None,
     resume_from: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
     ] = None,
@@ -74,6 +77,7 @@ def quantize(
     chosen = _device(device)
 
     from aquant_core.pipeline import quantize as run
+    from aquant_core.report.page import render
     from aquant_core.resources import Resources
 
     with _errors_told():
@@ -88,7 +92,9 @@ def quantize(
         )
         result.save(output)
     if report is not None:
-        report.write_text(json.dumps(result.report, indent=2) + "\n")
+        page = report.suffix.lower() in (".html", ".htm")
+        text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
+        report.write_text(text, encoding="utf-8")
     for warning in result.report["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     for name, measured in (result.report["accuracy"] or {}).items():

@@ -113,6 +113,11 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert [row["method"] for row in report["comparison"]] == ["aquant", "qdrop"]
     assert report["comparison"][0]["accuracy"] == report["accuracy"]["quantized"]
     assert report["protocol"]["name"] == "paper"
+    assert report["size"]["checkpoint_bytes"] == job.files["checkpoint"].size
+    assert report["repeat"]["command"].startswith("aquant quantize MODEL --calibration CALIBRATION --evaluation")
+    page = client.report_page(job.id)
+    assert f"{100 * report['accuracy']['quantized']['top1']:.2f}" in page
+    assert page.count('class="of-layer"') == len(report["layers"])
     target = tmp_path / "quantized.safetensors"
     assert client.download(job.id, target) == job.files["checkpoint"].sha256
     assert hashlib.sha256(target.read_bytes()).hexdigest() == job.files["checkpoint"].sha256
@@ -186,7 +191,7 @@ def test_trace_goes_from_the_request_to_the_blocks(
     assert attempt.attributes["aquant.job.state"] == "succeeded"
     stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
     assert [span.name for span in stages] == [
-        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save",
     ]  # fmt: skip
     reconstruct = next(span for span in stages if span.name == "reconstruct")
     blocks = [span for span in whole if span.parent == reconstruct.id]
