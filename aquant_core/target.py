@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aquant_core import checkpoint
+from aquant_core import checkpoint_torch
 from aquant_core.config import LayerOverride, Method, QuantizationConfig, Target
 from aquant_core.damage import damages
 from aquant_core.evaluation import decisions_to_meet, logits_of, paired_difference
@@ -202,7 +202,7 @@ def _measured(task: Task, config: QuantizationConfig, target: Target, tell: OnPr
     return {
         "layers": {name: list(widths) for name, widths in bits.items()},
         "mean_weight_bits": round(weighted / sum(numbers.values()), 3),
-        "bytes": sum(t.numel() * t.element_size() for t in checkpoint.tensors_of(model).values()),
+        "bytes": sum(tensor.nbytes for tensor in checkpoint_torch.tensors_of(model).values()),
         "accuracy": round(float(of_model.float().mean()), 6),
         "drop": drop,
         "interval": [low, high],
