@@ -8,7 +8,6 @@ import onnx
 import torch
 from torch import nn
 
-from aquant_core.errors import OnnxExportError
 from aquant_core.graph import INPUT, LAYERS, OPERATORS, QUANTIZE, CapturedModel, Node, evaluate_nodes
 from aquant_core.model import QuantizedModel
 from aquant_core.onnx_graph import OnnxGraph
@@ -63,11 +62,6 @@ def onnx_model(model: nn.Module) -> onnx.ModelProto:
         values[node.name] = output = _value_name(node, model.graph)
         if node.op in LAYERS:
             layer = model.layers[node.name]
-            if layer.a_rounding and layer.activation_scale is not None:
-                raise OnnxExportError(
-                    f"Layer {node.name!r} flips its input's roundings window by window (a_rounding).",
-                    "Use the checkpoint with aquant_core.load, or quantize with another method.",
-                )
             size = shapes[node.inputs[0]][-2:]
             layers.layer(node.name, layer, inputs[0], codes.get(node.inputs[0]), (size[0], size[1]), output)
         elif node.op == QUANTIZE:

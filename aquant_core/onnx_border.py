@@ -13,6 +13,7 @@ from torch import Tensor
 from aquant_core.layers import ActivationQuantizer
 from aquant_core.onnx_graph import OnnxGraph
 from aquant_core.onnx_thresholds import Thresholds, thresholds_of
+from aquant_core.onnx_windows import columns_of, inside_of
 from cupy_kernels.specification import (
     SCALE_OF_BOUND,
     SIGMOID_LIMIT,
@@ -24,9 +25,6 @@ from cupy_kernels.specification import (
     BorderSpecification,
     Window,
 )
-
-_TO_THE_END = np.iinfo(np.int64).max
-
 
 class BorderWriter:
     """Writes the codes of one quantized value."""
@@ -69,7 +67,7 @@ class BorderWriter:
         add, constant = self.graph.add, self.graph.constant
         channels, positions = self.border.shape[1:]
         coefficients = self.border[:, None, :, :, None, None]  # (P, 1, C, K, 1, 1)
-        t = self._windows(self._padded(self._in_steps(x), window), window)  # (N, C, K, H_out, W_out)
+        t = columns_of(self.graph, self._padded(self._in_steps(x), window), window)  # (N, C, K, H_out, W_out)
         if self.spec.fused:
             border = self._mean_border(t, coefficients, positions)  # (N, C, 1, H_out, W_out)
         else:
@@ -93,15 +91,6 @@ class BorderWriter:
             return t
         pads = self.graph.constant([0, 0, vertical, horizontal] * 2, np.int64)
         return self.graph.add("Pad", [t, pads, self.graph.constant(self.spec.zero_point)])
-
-    def _windows(self, padded: str, window: Window) -> str:
-        """im2col by slices: (N, C, H, W) to (N, C, K, H_out, W_out)."""
-        add, constant = self.graph.add, self.graph.constant
-        axis = constant([2], np.int64)
-        views = [
-            add("Unsqueeze", [add("Slice", [padded, *slices]), axis]) for slices in slices_of(self.graph, window, (2, 3))
-        ]
-        return add("Concat", views, axis=2)
 
     def _half(self) -> str:
         return self.graph.constant(0.5)
@@ -174,34 +163,6 @@ class BorderWriter:
 
     def _clip(self, value: str, low: float, high: float) -> str:
         return self.graph.add("Clip", [value, self.graph.constant(low), self.graph.constant(high)])
-
-
-def slices_of(graph: OnnxGraph, window: Window, axes: tuple[int, int]) -> list[list[str]]:
-    """Slice's inputs after the padded map, for each position of the window in order.
-
-    The end is counted from the map's, so that the map may have any size.
-    """
-    slices = []
-    for position in range(window.positions):
-        offset = divmod(position, window.kernel_size[1])
-        starts = [at * d for at, d in zip(offset, window.dilation, strict=True)]
-        spans = [d * (k - 1) for k, d in zip(window.kernel_size, window.dilation, strict=True)]
-        ends = [start - span or _TO_THE_END for start, span in zip(starts, spans, strict=True)]
-        slices.append([graph.constant(values, np.int64) for values in (starts, ends, axes, window.stride)])
-    return slices
-
-
-def inside_of(window: Window, size: tuple[int, int]) -> np.ndarray:
-    """Which im2col slots lie inside a map of ``size``: bool (1, 1, K, H_out, W_out)."""
-    rows, columns = (
-        [
-            np.arange(count) * window.stride[axis] + offset * window.dilation[axis] - window.padding[axis]
-            for offset in range(window.kernel_size[axis])
-        ]
-        for axis, count in enumerate(window.output_size(*size))
-    )
-    inside = [np.logical_and(0 <= r, r < size[0])[:, None] & np.logical_and(0 <= c, c < size[1]) for r in rows for c in columns]
-    return np.stack(inside)[None, None]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -35,6 +35,12 @@ class OnnxGraph:
         self._nodes.append(helper.make_node(op, list(inputs), [name], name, **attributes))
         return name
 
+    def add_second(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Appends an operator of two outputs, of which the second is wanted; returns the name of its value."""
+        name = f"{op}/{len(self._nodes)}"
+        self._nodes.append(helper.make_node(op, list(inputs), [f"{name}/first", name], name, **attributes))
+        return name
+
     def constant(self, values: Any, dtype: type[np.generic] = np.float32) -> str:
         """A constant by its value; equal ones are kept once."""
         array = np.ascontiguousarray(np.asarray(values, dtype))  # makes a scalar one of shape (1,)

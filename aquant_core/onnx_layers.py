@@ -18,8 +18,10 @@ from onnx import TensorProto
 from torch import Tensor
 
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
-from aquant_core.onnx_border import BorderWriter, slices_of
+from aquant_core.onnx_a_rounding import write_a_rounding
+from aquant_core.onnx_border import BorderWriter
 from aquant_core.onnx_graph import OnnxGraph
+from aquant_core.onnx_windows import columns_of, slices_of
 from cupy_kernels.specification import Window
 
 FEWEST_CHANNELS = 8
@@ -86,7 +88,7 @@ class LayerWriter:
         window = layer.window
         if layer.activation_scale is not None:
             codes = self._codes(name, layer, x, size)
-            if layer.has_border_by_position:
+            if layer.has_border_by_position or layer.a_rounding:
                 window = Window()  # the codes are columns: a convolution by pixels is left
         product = _Product(self.graph, name, layer, window)
         if layer.weight is None or codes is None or (layer.op == "conv2d" and product.channels < FEWEST_CHANNELS):
@@ -99,6 +101,8 @@ class LayerWriter:
             product.matrix(codes, output)
 
     def _codes(self, name: str, layer: QuantizedLayer, x: str, size: tuple[int, int]) -> Codes:
+        if layer.a_rounding:
+            return Codes(write_a_rounding(self.graph, x, layer, name + CODES), layer)
         fused = layer.border_config.fusion == "channel_mean" and layer.has_border_by_position
         writer = BorderWriter(self.graph, layer, layer.specification(fused))
         if layer.has_border_by_position:

@@ -11,10 +11,12 @@ import torch
 from onnx.utils import Extractor
 from torch import Tensor
 
+from aquant_core.a_rounding import a_rounded_convolution
 from aquant_core.graph import INPUT, LAYERS, QUANTIZE, Node, evaluate_nodes
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
 from aquant_core.onnx_layers import CODES
+from aquant_core.quantizers import UniformGrid, largest_code
 from cupy_kernels.ops import border_codes
 from cupy_kernels.specification import Window
 
@@ -49,6 +51,8 @@ def torch_codes(model: QuantizedModel, images: Tensor) -> Iterator[tuple[str, Te
 def codes_of(part: ActivationQuantizer, x: Tensor) -> Tensor:
     """The specification's codes: of x's shape, or (N, C K, L) with a border by position."""
     assert part.activation_scale is not None
+    if isinstance(part, QuantizedLayer) and part.a_rounding:
+        return _a_rounded_codes(part, x)
     border = None if part.border is None else part.border.coefficients
     alpha = None if part.border is None else part.border.alpha
     if isinstance(part, QuantizedLayer) and part.has_border_by_position:
@@ -57,6 +61,18 @@ def codes_of(part: ActivationQuantizer, x: Tensor) -> Tensor:
     maps = x if x.dim() == 4 else x.reshape(-1, x.shape[-1], 1, 1)
     codes = border_codes(maps, part.activation_scale, border, None, Window(), part.specification(fused=False))
     return codes.reshape(x.shape)
+
+
+def _a_rounded_codes(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Those behind ``a_rounded_convolution``: what it gives for a weight that passes each slot on, in whole steps."""
+    assert layer.activation_scale is not None
+    maps = x if layer.op == "conv2d" else x.reshape(-1, x.shape[-1], 1, 1)
+    rows = layer.in_channels // layer.groups * layer.window.positions
+    passing = torch.eye(rows).reshape(rows, -1, *layer.window.kernel_size).repeat(layer.groups, 1, 1, 1)
+    grid = UniformGrid(layer.activation_scale, torch.tensor(layer.zero_point), largest_code(layer.activation_bits))
+    x_hat = a_rounded_convolution(maps, grid, passing, None, layer.window, layer.groups)
+    codes = (x_hat / layer.activation_scale).round() + layer.zero_point
+    return codes.to(torch.uint8).reshape(x.shape if layer.op == "linear" else codes.shape)
 
 
 def differing_codes(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) -> dict[str, tuple[int, int]]:
