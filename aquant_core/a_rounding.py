@@ -40,14 +40,17 @@ def a_rounded_convolution(
     matrix = weight.reshape(groups, len(weight) // groups, -1)  # (G, O/G, C/G K)
     products = []
     for part in torch.split(x, max(_COLUMN_BYTES // column_bytes, 1)):
-        t = (part / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
-        columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (n, C K, L)
-        shape = groups, x.shape[1] // groups, window.positions, columns.shape[2]
-        columns = columns.reshape(len(part), *shape)  # (n, G, C/G, K, L)
-        x_hat = a_round(columns).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
+        x_hat = a_rounded_columns(part, grid, window, groups).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
         products.append((matrix @ x_hat).reshape(len(part), len(weight), *size))
     product = torch.cat(products)
     return product if bias is None else product + bias.reshape(1, -1, 1, 1)
+
+
+def a_rounded_columns(x: Tensor, grid: UniformGrid, window: Window, groups: int) -> Tensor:
+    """q - z of all im2col slots of (N, C, H, W) values: (N, G, C/G, K, L)."""
+    t = (x / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
+    columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (N, C K, L)
+    return a_round(columns.reshape(len(x), groups, x.shape[1] // groups, window.positions, columns.shape[2]))
 
 
 def a_round(t: Tensor) -> Tensor:

@@ -17,10 +17,8 @@ from aquant_core.onnx_operators import OperatorWriter, Shape
 OUTPUT = "logits"
 """Name of the output; the input is ``graph.INPUT``."""
 
-_LARGEST_BYTES = 2**31 - 1
 
-
-def export_onnx(model: nn.Module, path: str | Path) -> None:
+def write_onnx(model: nn.Module, path: str | Path) -> None:
     """Writes a quantized network as ONNX, through a neighbouring temporary file.
 
     Args:
@@ -47,7 +45,7 @@ def onnx_model(model: nn.Module) -> onnx.ModelProto:
     ``.codes`` behind it.
 
     Raises:
-        OnnxExportError: see ``export_onnx``.
+        OnnxExportError: see ``write_onnx``.
         TypeError: no quantized network.
     """
     if not isinstance(model, QuantizedModel):
@@ -74,8 +72,9 @@ def onnx_model(model: nn.Module) -> onnx.ModelProto:
             operators.write(node, inputs, output)
     if values[model.graph.output] != OUTPUT:
         graph.add("Identity", [values[model.graph.output]], OUTPUT)
-    image, logits = ("N", *shapes[INPUT][1:]), ("N", *shapes[model.graph.output][1:])
-    return graph.model({INPUT: image}, {OUTPUT: logits}, "A network quantized with AQuant; see docs/export.md.")
+    image, logits = shapes[INPUT][1:], shapes[model.graph.output][1:]
+    about = "A network quantized with AQuant; see docs/export.md."
+    return graph.model({INPUT: ["N", *image]}, {OUTPUT: ["N", *logits]}, about)
 
 
 def _value_name(node: Node, graph: CapturedModel) -> str:

@@ -20,23 +20,24 @@ _CHANNELS, _POSITIONS = 2, 3
 """Axes of (N, G, C/G, K, L)."""
 
 
-def write_a_rounding(graph: OnnxGraph, x: str, layer: QuantizedLayer, output: str) -> str:
+def write_a_rounding(graph: OnnxGraph, x: str, layer: QuantizedLayer, size: tuple[int, int], output: str) -> str:
     """Codes of all im2col slots, uint8 (N, C K, H_out, W_out), or (..., C) for a linear layer.
 
     Args:
         graph: where to.
         x: the layer's input.
         layer: with ``a_rounding``.
+        size: (H, W) of the input; of no meaning for a linear layer.
         output: name of the codes.
     """
-    return _Writer(graph, layer).codes(x, output)
+    return _Writer(graph, layer).codes(x, size, output)
 
 
 class _Writer:
     def __init__(self, graph: OnnxGraph, layer: QuantizedLayer) -> None:
         self.graph, self.layer = graph, layer
 
-    def codes(self, x: str, output: str) -> str:
+    def codes(self, x: str, size: tuple[int, int], output: str) -> str:
         layer, window = self.layer, self.layer.window
         assert layer.activation_scale is not None
         t = self._add("Div", x, np.float32(layer.activation_scale.detach().cpu()))
@@ -46,19 +47,16 @@ class _Writer:
         channels, groups = layer.in_channels, layer.groups
         if layer.op == "linear":
             maps = self._reshape(t, [-1, 1, channels, 1, 1])
-            q = self._add("Reshape", self._codes(maps, channels, 1), self._shape_of(x))
-            return self.graph.add("Identity", [q], output)
+            return self.graph.add("Reshape", [self._codes(maps, channels, 1), self.graph.add("Shape", [x])], output)
         vertical, horizontal = window.padding
         if vertical or horizontal:
             pads = self.graph.constant([0, 0, vertical, horizontal] * 2, np.int64)
             t = self.graph.add("Pad", [t, pads])
         columns = columns_of(self.graph, t, window)  # (N, C, K, H_out, W_out)
+        rows = channels * window.positions
         grouped = self._reshape(columns, [0, groups, channels // groups, window.positions, -1])
-        q = self._reshape(self._codes(grouped, channels // groups, window.positions), [0, channels * window.positions, -1])
-        # (N, C K, L) as a map again: its rows and columns are the columns' own.
-        size = self._add("Slice", self._shape_of(columns), np.array([3]), np.array([5]), np.array([0]))
-        shape = self.graph.add("Concat", [self.graph.constant([0, channels * window.positions], np.int64), size], axis=0)
-        return self.graph.add("Reshape", [q, shape], output)
+        q = self._codes(grouped, channels // groups, window.positions)
+        return self._reshape(q, [0, rows, *window.output_size(*size)], output)
 
     def _codes(self, t: str, channels: int, positions: int) -> str:
         """uint8, of t's shape (N, G, C/G, K, L)."""
@@ -114,11 +112,8 @@ class _Writer:
     def _float(self, value: str) -> str:
         return self.graph.add("Cast", [value], to=TensorProto.FLOAT)
 
-    def _shape_of(self, x: str) -> str:
-        return self.graph.add("Shape", [x])
-
-    def _reshape(self, x: str, shape: Sequence[int]) -> str:
-        return self._add("Reshape", x, np.array(shape))
+    def _reshape(self, x: str, shape: Sequence[int], output: str | None = None) -> str:
+        return self.graph.add("Reshape", [x, self.graph.constant(shape, np.int64)], output)
 
     def _add(self, op: str, *inputs: str | float | np.ndarray | np.generic, **attributes: Any) -> str:
         """An operator whose inputs are values by name or constants: numbers in fp32, arrays in int64."""

@@ -26,6 +26,7 @@ from cupy_kernels.specification import (
     Window,
 )
 
+
 class BorderWriter:
     """Writes the codes of one quantized value."""
 
@@ -68,11 +69,8 @@ class BorderWriter:
         channels, positions = self.border.shape[1:]
         coefficients = self.border[:, None, :, :, None, None]  # (P, 1, C, K, 1, 1)
         t = columns_of(self.graph, self._padded(self._in_steps(x), window), window)  # (N, C, K, H_out, W_out)
-        if self.spec.fused:
-            border = self._mean_border(t, coefficients, positions)  # (N, C, 1, H_out, W_out)
-        else:
-            border = self._border(t, coefficients)
-        q = self._codes(t, border)
+        fused = self.spec.fused  # B is then (N, C, 1, H_out, W_out)
+        q = self._codes(t, self._mean_border(t, coefficients, positions) if fused else self._border(t, coefficients))
         inside = inside_of(window, size)  # (1, 1, K, H_out, W_out)
         if not inside.all():
             q = add("Where", [constant(inside, np.bool_), q, constant(self.spec.zero_point, np.uint8)])

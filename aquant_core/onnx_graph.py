@@ -9,8 +9,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from aquant_core.errors import OnnxExportError
+
 OPSET, OPSET_OF_TWO_BITS = 21, 25
 """The operator set written, and the one that has UINT2."""
+
+LARGEST_BYTES = 2**31 - 2**20
+"""Of all tensors: a protobuf message ends at 2 GiB."""
 
 _IR_OF_OPSET = {OPSET: 10, OPSET_OF_TWO_BITS: 13}
 _PACKED_TYPES = {2: TensorProto.UINT2, 4: TensorProto.UINT4}
@@ -70,12 +75,22 @@ class OnnxGraph:
     def model(
         self, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]], about: str
     ) -> onnx.ModelProto:
-        """The finished model; inputs and outputs are fp32, by name and shape."""
-        described = (
+        """The finished model; inputs and outputs are fp32, by name and shape.
+
+        Raises:
+            OnnxExportError: it is larger than an ONNX file can be.
+        """
+        sources, results = (
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)) for name, shape in values.items()]
             for values in (inputs, outputs)
         )
-        graph = helper.make_graph(self._nodes, "aquant", *described, self._initializers, about)
+        size = sum(len(tensor.raw_data) for tensor in self._initializers)
+        if size > LARGEST_BYTES:
+            raise OnnxExportError(
+                f"The network's tensors take {size} bytes; an ONNX file holds at most {LARGEST_BYTES}.",
+                "Use the checkpoint with aquant_core.load.",
+            )
+        graph = helper.make_graph(self._nodes, "aquant", sources, results, self._initializers, about)
         opset = helper.make_opsetid("", self._opset)
         return helper.make_model(
             graph, opset_imports=[opset], ir_version=_IR_OF_OPSET[self._opset], producer_name="aquant"

@@ -21,7 +21,7 @@ from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.onnx_a_rounding import write_a_rounding
 from aquant_core.onnx_border import BorderWriter
 from aquant_core.onnx_graph import OnnxGraph
-from aquant_core.onnx_windows import columns_of, slices_of
+from aquant_core.onnx_windows import slices_of
 from cupy_kernels.specification import Window
 
 FEWEST_CHANNELS = 8
@@ -102,7 +102,7 @@ class LayerWriter:
 
     def _codes(self, name: str, layer: QuantizedLayer, x: str, size: tuple[int, int]) -> Codes:
         if layer.a_rounding:
-            return Codes(write_a_rounding(self.graph, x, layer, name + CODES), layer)
+            return Codes(write_a_rounding(self.graph, x, layer, size, name + CODES), layer)
         fused = layer.border_config.fusion == "channel_mean" and layer.has_border_by_position
         writer = BorderWriter(self.graph, layer, layer.specification(fused))
         if layer.has_border_by_position:

@@ -37,12 +37,14 @@ def slices_of(graph: OnnxGraph, window: Window, axes: tuple[int, int]) -> list[l
 
 def inside_of(window: Window, size: tuple[int, int]) -> np.ndarray:
     """Which im2col slots lie inside a map of ``size``: bool (1, 1, K, H_out, W_out)."""
-    rows, columns = (
-        [
-            np.arange(count) * window.stride[axis] + offset * window.dilation[axis] - window.padding[axis]
-            for offset in range(window.kernel_size[axis])
-        ]
-        for axis, count in enumerate(window.output_size(*size))
-    )
-    inside = [np.logical_and(0 <= r, r < size[0])[:, None] & np.logical_and(0 <= c, c < size[1]) for r in rows for c in columns]
-    return np.stack(inside)[None, None]
+    counts = window.output_size(*size)
+    rows, columns = (_hits(window, axis, count, size[axis]) for axis, count in enumerate(counts))
+    inside = rows[:, None, :, None] & columns[None, :, None, :]  # (k_y, k_x, H_out, W_out)
+    return inside.reshape(1, 1, window.positions, *counts)
+
+
+def _hits(window: Window, axis: int, count: int, extent: int) -> np.ndarray:
+    """Whether the windows' positions along one axis lie inside: (k, windows)."""
+    starts = np.arange(count) * window.stride[axis] - window.padding[axis]
+    places = starts + np.arange(window.kernel_size[axis])[:, None] * window.dilation[axis]
+    return np.logical_and(places >= 0, places < extent)

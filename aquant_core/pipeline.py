@@ -17,6 +17,7 @@ from aquant_core.capture_model import capture
 from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
+from aquant_core.export_onnx import write_onnx
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
 from aquant_core.forecast import forecast, together
@@ -51,6 +52,10 @@ class QuantizationResult:
         """Writes the checkpoint (see ``aquant_core.checkpoint``)."""
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
         checkpoint.save(self.model, path, about)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the network as ONNX (see ``aquant_core.write_onnx``)."""
+        write_onnx(self.model, path)
 
 
 def quantize(

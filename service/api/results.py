@@ -1,10 +1,10 @@
-"""The endpoints of a finished job's files: report and checkpoint, the latter in ranges."""
+"""The endpoints of a finished job's files: report, checkpoint and ONNX, the latter two in ranges."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -12,8 +12,10 @@ from fastapi.responses import StreamingResponse
 
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
-from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.errors import ArtifactNotReadyError, OnnxUnavailableError
+from service.jobs.records import ONNX_PROBLEM
 from service.jobs.repository import JobRepository
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
@@ -39,28 +41,58 @@ async def report(parts: PartsDep, job_id: str, if_none_match: Annotated[str | No
     return Response(body, media_type="application/json", headers=headers)
 
 
+_FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {}}, "description": "The whole file"},
+    206: {"content": {"application/octet-stream": {}}, "description": "The range asked for"},
+}
+_Range = Annotated[str | None, Header(description="One range of bytes.")]
+_Condition = Annotated[str | None, Header()]
+
+
 @router.head("/jobs/{job_id}/checkpoint", include_in_schema=False)
-@router.get(
-    "/jobs/{job_id}/checkpoint",
-    responses={
-        200: {"content": {"application/octet-stream": {}}, "description": "The whole file"},
-        206: {"content": {"application/octet-stream": {}}, "description": "The range asked for"},
-    },
-)
+@router.get("/jobs/{job_id}/checkpoint", responses=_FILE_RESPONSES)
 async def checkpoint(
     request: Request,
     parts: PartsDep,
     job_id: str,
-    range: Annotated[str | None, Header(description="One range of bytes.")] = None,
-    if_range: Annotated[str | None, Header()] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    range: _Range = None,
+    if_range: _Condition = None,
+    if_none_match: _Condition = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
     file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    return await _deliver(request, parts, file, f"aquant-{job_id}.safetensors", range, if_range, if_none_match)
+
+
+@router.head("/jobs/{job_id}/onnx", include_in_schema=False)
+@router.get("/jobs/{job_id}/onnx", responses=_FILE_RESPONSES)
+async def onnx(
+    request: Request,
+    parts: PartsDep,
+    job_id: str,
+    range: _Range = None,
+    if_range: _Condition = None,
+    if_none_match: _Condition = None,
+) -> Response:
+    """The quantized network as ONNX with standard operators; 409 says why where it cannot be written so."""
+    file = await run_in_threadpool(_find, parts, job_id, "onnx")
+    return await _deliver(request, parts, file, f"aquant-{job_id}.onnx", range, if_range, if_none_match)
+
+
+async def _deliver(
+    request: Request,
+    parts: Parts,
+    file: _File,
+    name: str,
+    range: str | None,
+    if_range: str | None,
+    if_none_match: str | None,
+) -> Response:
+    """A file, or the range of it that is asked for, to be kept under a name."""
     headers = {
         "ETag": file.etag,
         "Accept-Ranges": "bytes",
-        "Content-Disposition": f'attachment; filename="aquant-{job_id}.safetensors"',
+        "Content-Disposition": f'attachment; filename="{name}"',
     }
     if if_none_match is not None and file.etag in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -100,6 +132,10 @@ def _find(parts: Parts, job_id: str, name: str) -> _File:
     with parts.sessions() as session:
         job = JobRepository(session).get(job_id)
         artifact = job.artifact(name)
+        why_not = job.artifact(ONNX_PROBLEM) if name == "onnx" else None
+        if why_not is not None:
+            found = Problem.model_validate_json(parts.artifacts.get_bytes(why_not.key))
+            raise OnnxUnavailableError(found.detail, found.remedy)
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",
