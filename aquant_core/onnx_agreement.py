@@ -75,7 +75,7 @@ def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) ->
     """
     found = Agreement()
     plain, whole, alone = open_session(exported), open_session(_with_codes(model, exported)), None
-    for batch in images.split(_AT_ONCE):
+    for batch in torch.split(images, _AT_ONCE):
         values, logits = _run(model, batch)
         sources = {name: _source(model, name) for name in values}
         alone = alone or open_session(_codes_alone(exported, sources))

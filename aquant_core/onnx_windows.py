@@ -39,12 +39,13 @@ def inside_of(window: Window, size: tuple[int, int]) -> np.ndarray:
     """Which im2col slots lie inside a map of ``size``: bool (1, 1, K, H_out, W_out)."""
     counts = window.output_size(*size)
     rows, columns = (_hits(window, axis, count, size[axis]) for axis, count in enumerate(counts))
-    inside = rows[:, None, :, None] & columns[None, :, None, :]  # (k_y, k_x, H_out, W_out)
-    return inside.reshape(1, 1, window.positions, *counts)
+    inside: np.ndarray = rows[:, None, :, None] & columns[None, :, None, :]  # (k_y, k_x, H_out, W_out)
+    return np.reshape(inside, (1, 1, window.positions, *counts))
 
 
 def _hits(window: Window, axis: int, count: int, extent: int) -> np.ndarray:
     """Whether the windows' positions along one axis lie inside: (k, windows)."""
     starts = np.arange(count) * window.stride[axis] - window.padding[axis]
     places = starts + np.arange(window.kernel_size[axis])[:, None] * window.dilation[axis]
-    return np.logical_and(places >= 0, places < extent)
+    inside: np.ndarray = (places >= 0) & (places < extent)
+    return inside
