@@ -53,7 +53,7 @@ BORDERS: dict[str, BorderConfig | None] = {
     "border, fusion none": BorderConfig(fusion="none"),
     "border, by channel": BorderConfig(fusion="none", granularity="channel"),
 }
-IMAGES, SIZE = 16, 64
+IMAGES, SIZE = 8, 64
 
 
 def main() -> None:
@@ -77,8 +77,8 @@ def main() -> None:
 
 def plan() -> Iterator[tuple[str, Callable[[], Agreement]]]:
     """Every cell by its name."""
-    for architecture in ARCHITECTURES:
-        for border in BORDERS:
+    for border in BORDERS:
+        for architecture in ARCHITECTURES:
             yield f"{architecture} | W2A2 | {border}", lambda a=architecture, b=border: of_architecture(a, b)
     for weight_bits, activation_bits in BITS:
         for network in NETWORKS:
@@ -119,7 +119,7 @@ def summary(found: Agreement) -> dict[str, Any]:
 
 
 def page(cells: dict[str, Any]) -> str:
-    """One line for each network and variant, the bit widths summed up."""
+    """A table: one line for each network and variant, the bit widths summed up."""
     lines = [
         "| network | bits | | codes compared | differing, given the same input | differing in the whole run "
         "| logits differ by | same prediction |",
@@ -130,7 +130,7 @@ def page(cells: dict[str, Any]) -> str:
         network, bits, variant = key.split(" | ")
         groups.setdefault((network, variant), []).append((bits, row))
     for (network, variant), rows in groups.items():
-        total = {name: sum(row[name] for _, row in rows) for name in rows[0][1] if name not in ("values",)}
+        total = {name: sum(row[name] for _, row in rows) for name in rows[0][1] if name != "values"}
         share = total["differing_in_run"] / max(total["codes"], 1)
         difference = max(row["logits_difference"] / max(row["logits_scale"], 1e-30) for _, row in rows)
         lines.append(
