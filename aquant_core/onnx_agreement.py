@@ -74,14 +74,15 @@ def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) ->
         images: (N, C, H, W).
     """
     found = Agreement()
-    plain, whole, alone = open_session(exported), open_session(_with_codes(model, exported)), None
+    plain, whole = open_session(exported), open_session(_with_codes(model, exported))
+    sources = {node.name: _source(model, node) for node in model.graph.nodes if _quantizer(model, node) is not None}
+    names = [name + CODES for name in sources]
+    alone = open_session(_codes_alone(exported, sources)) if names else None
     for batch in torch.split(images, _AT_ONCE):
         values, logits = _run(model, batch)
-        sources = {name: _source(model, name) for name in values}
-        alone = alone or open_session(_codes_alone(exported, sources))
-        names = [name + CODES for name in values]
-        given = alone.run(names, {sources[name]: x.numpy() for name, (x, _) in values.items()}) if names else []
-        in_run = whole.run(names, {INPUT: batch.numpy()}) if names else []
+        feed = {sources[name]: x.numpy() for name, (x, _) in values.items()}
+        given = [] if alone is None else alone.run(names, feed)
+        in_run = [] if alone is None else whole.run(names, {INPUT: batch.numpy()})
         all_same = np.ones(len(batch), bool)
         for (name, (_, codes)), one, other in zip(values.items(), given, in_run, strict=True):
             expected = codes.numpy().reshape(one.shape)
@@ -144,10 +145,10 @@ def _quantizer(model: QuantizedModel, node: Node) -> ActivationQuantizer | None:
     return None if part is None or part.activation_scale is None else part
 
 
-def _source(model: QuantizedModel, name: str) -> str:
+def _source(model: QuantizedModel, node: Node) -> str:
     """The value that a layer or mark quantizes, by its name in the file: marks that leave it float have none."""
     by_name = {node.name: node for node in model.graph.nodes}
-    source = by_name[name].inputs[0]
+    source = node.inputs[0]
     while source != INPUT and by_name[source].op == QUANTIZE and _quantizer(model, by_name[source]) is None:
         source = by_name[source].inputs[0]
     return source

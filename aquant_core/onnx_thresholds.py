@@ -75,8 +75,8 @@ def _neighbours(found: Tensor, border: Tensor, spec: BorderSpecification) -> int
     b1, b2 = border[1], border[2] if len(border) == 3 else torch.zeros_like(border[1])
     slope = torch.maximum(b1, b1 + 2 * b2).clamp(min=0).max().item() * steepest / spec.levels
     reach = 2 * error / (1 - slope)
-    nearest_to_zero = np.float32(max(found.abs().min().item() - reach, 0.0))
-    return int(reach / np.spacing(nearest_to_zero)) + 2
+    nearest_to_zero = max(found.abs().min().item() - reach, float(np.finfo(np.float32).tiny))
+    return int(reach / float(np.spacing(np.float32(nearest_to_zero)))) + 2
 
 
 def _turns(
