@@ -39,10 +39,36 @@ class Settings(BaseSettings):
             description="redis:// URL of the broker; `aquant up` starts a broker of its own without it.",
         ),
     ] = None
-    queue_name: Annotated[str, Field(description="Queue on the broker.")] = "aquant"
+    queue_name: Annotated[str, Field(description="The broker's queues are called NAME.gpu and NAME.cpu.")] = "aquant"
 
     host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
+    workers: Annotated[
+        int | None, Field(ge=1, le=64, description="Workers that `aquant up` starts; else one for each GPU, or one.")
+    ] = None
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
+
+    open: Annotated[
+        bool, Field(description="While there are no API keys, serve requests from beyond this machine, too.")
+    ] = False
+    published_on: Annotated[
+        str | None,
+        Field(description="Address that a container's port is published on; if loopback, nobody comes from elsewhere."),
+    ] = None
+    hosts: Annotated[
+        str,
+        Field(description="Names, separated by commas, that the API may be called by without a key; localhost always."),
+    ] = ""
+    reads_per_minute: Annotated[
+        int, Field(ge=0, description="GET and HEAD requests an owner, or an address without keys, may make; 0: any.")
+    ] = 12_000
+    writes_per_minute: Annotated[int, Field(ge=0, description="The same of all other requests.")] = 1_200
+    max_jobs_queued: Annotated[int, Field(ge=0, description="Jobs that one owner may have waiting.")] = 1_000
+    max_jobs_running: Annotated[
+        int | None, Field(ge=1, description="Jobs of one owner that run at a time; else as many as there are workers.")
+    ] = None
+    max_stored_bytes: Annotated[
+        int, Field(ge=0, description="Bytes that one owner's files, uploads and results, may take.")
+    ] = 100 * GIB
 
     log_format: Annotated[
         Literal["text", "json"], Field(description="Log lines for people, or for machines: one JSON object each.")
@@ -77,6 +103,11 @@ class Settings(BaseSettings):
     ] = None
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
+    job_memory_bytes: Annotated[
+        int | None,
+        Field(ge=GIB, description="A job whose process takes more memory than this, mapped files left out, fails."),
+    ] = None
+
     intake_seconds: Annotated[float, Field(gt=0, description="Wall clock of the upload check.")] = 600.0
     intake_memory_bytes: Annotated[int, Field(ge=256 * MIB, description="Memory of the upload check.")] = 16 * GIB
     intake_file_bytes: Annotated[int, Field(ge=1, description="Largest file that the upload check may write.")] = (
@@ -84,7 +115,8 @@ class Settings(BaseSettings):
     )
 
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], Field(description="Where workers compute; auto takes a GPU if there is one.")
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Where a worker computes: auto takes a GPU if there is one that works, cuda insists on it."),
     ] = "auto"
     memory_bytes: Annotated[
         int | None,

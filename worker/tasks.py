@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import secrets
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +19,13 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
 from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.schemas import Problem
-from service.jobs.states import FINISHED, JobState
+from service.jobs.states import FINISHED, Device, JobState
 from service.jobs.tallies import Tallies
 from service.logs import about
 from service.settings import Settings
@@ -30,7 +33,8 @@ from service.tracing import context_of, send, tracer_provider
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
-from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
+from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpected
+from worker.lease import JobStopError, Lease, LeaseLostError
 from worker.presence import worker_name
 from worker.reporting import publish
 from worker.steps import Steps
@@ -41,46 +45,37 @@ log = logging.getLogger(__name__)
 STORE_POLL_SECONDS = 5.0
 """How often a worker asks whether the artifact store is back."""
 
-STORE_LOST = Problem.of_job(
-    "artifacts_unavailable",
-    "The store of the service's files did not answer, each time the job was tried.",
-    "Submit it again once the service is well; its operator finds the reason in the worker's log.",
-)
-
 
 class JobRunner:
     """Runs jobs one after another, with the parts they share."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, device: Device) -> None:
+        self._settings, self._device = settings, device
         self._sessions: sessionmaker[Session] = sessionmaker(open_database(settings), expire_on_commit=False)
         self._artifacts = open_artifacts(settings.artifacts)
         self._queue = JobQueue(settings)
         self._tracing = tracer_provider(settings, "aquant-worker")
         self._tracer = self._tracing.get_tracer("aquant")
 
-    def run(self, job_id: str) -> JobState | None:
-        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way.
+    def run(self) -> JobState | None:
+        """Try the job whose turn it is; the state it was left in, or None if none waits or it was lost on the way.
 
         Without a database its row stays as it is, for the reaper: queued, or under a lease that runs out.
         """
-        with about(job_id=job_id):
-            try:
-                return self._try(job_id)
-            except DATABASE_DOWN as error:
-                log.warning("job %s waits for the database and will be tried again: %s", job_id, error)
-                return None
-
-    def _try(self, job_id: str) -> JobState | None:
-        """Claim it, and run the attempt under its names: those of log lines and of the trace."""
-        claim = self._claim(job_id)
-        if claim is None:
-            log.info("job %s is not there to be taken", job_id)
+        try:
+            claim = self._claim()
+            return None if claim is None else self._try(claim)
+        except DATABASE_DOWN as error:
+            log.warning("jobs wait for the database and will be tried again: %s", error)
             return None
+
+    def _try(self, claim: Claim) -> JobState | None:
+        """Run the attempt under its names: those of log lines and of the trace."""
+        job_id = claim.job_id
         with self._sessions() as session:
             job = JobRepository(session).get(job_id)
         origin = job.origin or {}
-        with about(attempt=claim.attempt, request_id=origin.get("request_id")):
+        with about(job_id=job_id, attempt=claim.attempt, request_id=origin.get("request_id")):
             try:
                 with self._tracer.start_as_current_span(
                     "job attempt",
@@ -96,16 +91,17 @@ class JobRunner:
                 send(self._tracing)  # the process may be ended before its thread gets to it
         return state
 
-    def _claim(self, job_id: str) -> Claim | None:
+    def _claim(self) -> Claim | None:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
+        lease = timedelta(seconds=self._settings.lease_seconds)
         with self._sessions.begin() as session:
-            return JobRepository(session).claim(job_id, owner, timedelta(seconds=self._settings.lease_seconds))
+            return JobRepository(session).claim_next(owner, lease, self._device, self._settings.max_jobs_running)
 
     def _run(self, job: JobRecord, claim: Claim) -> JobState | None:
         log.info("job %s: attempt %d begins", job.id, claim.attempt)
         with (
             workplace(self._settings.work_dir, job.id, claim.attempt) as folder,
-            Lease(claim, self._settings, self._sessions) as lease,
+            Lease(claim, self._settings, self._sessions, self._end_process) as lease,
             Steps(self._tracer, self._count_block) as steps,
         ):
             state = self._attempt(job, claim, lease, steps, folder)
@@ -123,16 +119,8 @@ class JobRunner:
                 log.warning("job %s: %s", job.id, error)
                 self._wait_for_artifacts(lease)
                 return self._give_back(claim, STORE_LOST)
-        except LeaseLostError:
-            return None
-        except JobCancelledError:
-            return self._finish(lease, JobState.CANCELLED, None)
-        except JobTimeoutError:
-            problem = Problem.of_job(
-                "time_limit_exceeded",
-                f"The job ran for more than the {self._settings.job_seconds:.0f} seconds it is given.",
-                "Choose a smaller preset or fewer iterations, or have the operator raise AQUANT_JOB_SECONDS.",
-            )
+        except JobStopError as stop:
+            return self._stop(lease, stop)
         except IntakeLostError as error:
             return self._give_back(claim, error.problem)
         except IntakeFailedError as error:
@@ -145,12 +133,16 @@ class JobRunner:
             if disk_is_full(error):
                 log.warning("job %s: %s", job.id, error)
                 return self._give_back(claim, DISK_FULL)
+            from worker.device import gpu_is_full, gpu_is_lost  # torch: it is imported by now, or the error is another
+
+            if gpu_is_lost(error):
+                log.error("job %s: the GPU is lost, and this worker stops: %s", job.id, error)
+                os.kill(os.getppid(), signal.SIGTERM)  # before it loses the next job; it starts with what is left
+                return self._give_back(claim, GPU_LOST)
+            if gpu_is_full(error):
+                return self._finish(lease, JobState.FAILED, GPU_FULL)
             log.exception("job %s failed", job.id)
-            problem = Problem.of_job(
-                "internal_error",
-                f"The worker met an error it did not expect ({type(error).__name__}) in job {job.id}.",
-                "Report it with the job's id: the worker's log has the details.",
-            )
+            problem = unexpected(error, job.id)
         return self._finish(lease, JobState.FAILED, problem)
 
     def _quantize(self, job: JobRecord, claim: Claim, lease: Lease, steps: Steps, folder: Path) -> JobState | None:
@@ -161,7 +153,7 @@ class JobRunner:
         from aquant_core import CapturedModel, ImageSet, quantize  # torch: only in the child, only from here on
         from worker.device import GpuMemory, resources
 
-        granted = resources(self._settings, folder)
+        granted = resources(self._settings, self._device, folder)
         memory = GpuMemory(granted.device)
 
         def report(progress: Progress) -> None:
@@ -201,6 +193,23 @@ class JobRunner:
             except ArtifactsDownError:
                 time.sleep(STORE_POLL_SECONDS)
 
+    def _stop(self, lease: Lease, stop: JobStopError) -> JobState | None:
+        """End a job that was cancelled or went over a limit; one whose claim is lost is another's to end."""
+        if isinstance(stop, LeaseLostError):
+            return None
+        problem = problem_of(stop, self._settings)
+        return self._finish(lease, JobState.CANCELLED if problem is None else JobState.FAILED, problem)
+
+    def _end_process(self, lease: Lease, stop: JobStopError) -> None:
+        """As :meth:`_stop`, for work that does not stop when told to: what it holds, a GPU perhaps, is wanted."""
+        try:
+            if self._stop(lease, stop) in FINISHED:
+                self._artifacts.discard(blocks_prefix(lease.claim.job_id))
+        except SQLAlchemyError:
+            log.exception("job %s: the database was not told; the reaper will end it", lease.claim.job_id)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)  # the worker starts another process, which clears up
+
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
         with self._sessions.begin() as session:
             error = None if problem is None else problem.model_dump()
@@ -211,7 +220,7 @@ class JobRunner:
             state = JobRepository(session).give_back(claim, self._settings.max_attempts, problem.model_dump())
         if state == JobState.QUEUED:
             try:
-                self._queue.announce(claim.job_id)
+                announce(claim.job_id, self._sessions, self._queue)
             except QueueDownError as error:
                 log.warning("job %s is queued again but not announced: %s", claim.job_id, error)
         return state
@@ -219,10 +228,11 @@ class JobRunner:
 
 @functools.cache
 def _runner() -> JobRunner:
-    return JobRunner(settings)
+    return JobRunner(settings, "gpu" if settings.device == "cuda" else "cpu")  # the parent has chosen
 
 
 @app.task(name=RUN_JOB)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
-    """Try job ``job_id``; may be called any number of times for the same one."""
-    _runner().run(job_id)
+    """Job ``job_id`` waits, so it is some job's turn; may be called any number of times for the same one."""
+    with about(announced_job_id=job_id):
+        _runner().run()

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from service.api.auth import Owner, OwnerDep
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
 from service.jobs.errors import ArtifactNotReadyError, OnnxUnavailableError
 from service.jobs.records import ONNX_PROBLEM
-from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
@@ -31,9 +31,11 @@ class _File:
 
 
 @router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
-async def report(parts: PartsDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+async def report(
+    parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
     """The accuracy report of a job that succeeded."""
-    file = await run_in_threadpool(_find, parts, job_id, "report")
+    file = await run_in_threadpool(_find, owner, job_id, "report")
     headers = {"ETag": file.etag}
     if if_none_match is not None and file.etag in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -54,13 +56,14 @@ _Condition = Annotated[str | None, Header()]
 async def checkpoint(
     request: Request,
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     range: _Range = None,
     if_range: _Condition = None,
     if_none_match: _Condition = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
-    file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
     return await _deliver(request, parts, file, f"aquant-{job_id}.safetensors", range, if_range, if_none_match)
 
 
@@ -69,13 +72,14 @@ async def checkpoint(
 async def onnx(
     request: Request,
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     range: _Range = None,
     if_range: _Condition = None,
     if_none_match: _Condition = None,
 ) -> Response:
     """The quantized network as ONNX with standard operators; 409 says why where it cannot be written so."""
-    file = await run_in_threadpool(_find, parts, job_id, "onnx")
+    file = await run_in_threadpool(_find_onnx, parts, owner, job_id)
     return await _deliver(request, parts, file, f"aquant-{job_id}.onnx", range, if_range, if_none_match)
 
 
@@ -128,17 +132,23 @@ _REMEDY = {
 }
 
 
-def _find(parts: Parts, job_id: str, name: str) -> _File:
-    with parts.sessions() as session:
-        job = JobRepository(session).get(job_id)
+def _find(owner: Owner, job_id: str, name: str) -> _File:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
         artifact = job.artifact(name)
-        why_not = job.artifact(ONNX_PROBLEM) if name == "onnx" else None
-        if why_not is not None:
-            found = Problem.model_validate_json(parts.artifacts.get_bytes(why_not.key))
-            raise OnnxUnavailableError(found.detail, found.remedy)
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",
                 _REMEDY.get(job.state, "Ask again once it has succeeded."),
             )
         return _File(artifact.key, artifact.size, f'"{artifact.sha256}"')
+
+
+def _find_onnx(parts: Parts, owner: Owner, job_id: str) -> _File:
+    """The file; where there can be none, the reason that the worker left."""
+    with owner.jobs() as jobs:
+        reason = jobs.get(job_id).artifact(ONNX_PROBLEM)
+    if reason is None:
+        return _find(owner, job_id, "onnx")
+    found = Problem.model_validate_json(parts.artifacts.get_bytes(reason.key))
+    raise OnnxUnavailableError(found.detail, found.remedy)

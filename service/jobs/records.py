@@ -1,4 +1,4 @@
-"""The tables: jobs, their artifacts, and the workers that have been seen."""
+"""The tables: jobs, their artifacts, the workers that have been seen, API keys and whom they belong to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 
 ALIVE_SECONDS = 20.0
 """A worker that has not signed in for this long is not counted on; it does so every few seconds."""
@@ -59,6 +59,7 @@ class Record(DeclarativeBase):
         datetime: UtcDateTime,
         JobState: StateColumn,
         dict[str, Any]: JSON(none_as_null=True),
+        Device: String(8),
     }
 
 
@@ -69,10 +70,15 @@ class JobRecord(Record):
     __table_args__ = (
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_state_created_at", "state", "created_at"),
+        Index("ix_jobs_state_owner_created_at", "state", "owner", "created_at"),
     )
 
     id: Mapped[str] = mapped_column(IdColumn, primary_key=True)
+    owner: Mapped[str | None] = mapped_column(String(64))
+    """Whose it is; None where the service is open to all."""
     state: Mapped[JobState]
+    device: Mapped[Device | None]
+    """What it is to run on; None where either will do, until it is claimed: its blocks are good for one device."""
     stage: Mapped[str | None] = mapped_column(String(16))
     config: Mapped[dict[str, Any]]
     progress: Mapped[dict[str, Any] | None]
@@ -124,6 +130,9 @@ class WorkerRecord(Record):
 
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     seen_at: Mapped[datetime]
+    device: Mapped[Device]
+    detail: Mapped[str] = mapped_column(String(255))
+    """The device in words, or why it has no GPU."""
 
     def alive(self, at: datetime) -> bool:
         """Whether it has signed in lately."""
@@ -142,3 +151,37 @@ class TallyRecord(Record):
     """Its upper bound, as Prometheus writes it."""
     count: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
+
+
+class OwnerRecord(Record):
+    """Whom jobs and keys belong to; "" is who comes without a key while there are none.
+
+    The row is also what is locked while it is decided whether a limit allows for more. Limits that are NULL are those
+    of the settings.
+    """
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    max_jobs_queued: Mapped[int | None]
+    max_jobs_running: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_upload_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class KeyRecord(Record):
+    """An API key; of its secret there is only the digest. Rows stay when keys are revoked."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the whole key, in hex."""
+    name: Mapped[str] = mapped_column(String(64))
+    owner: Mapped[str] = mapped_column(ForeignKey("owners.name"))
+    scope: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """To within a minute."""

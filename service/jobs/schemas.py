@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
-from service.jobs.states import FINISHED, JobState
+from service.jobs.states import FINISHED, Device, JobState
 
 
 class Problem(BaseModel):
@@ -91,7 +91,17 @@ class JobDocument(BaseModel):
     stage: Annotated[
         str | None, Field(description="intake, capture, forecast, nearest, reconstruct, evaluate or save.")
     ] = None
-    queue_position: Annotated[int | None, Field(description="Jobs ahead of a queued one.")] = None
+    device: Annotated[
+        Device | None,
+        Field(description="What it runs on, from its first start on; before that what was asked for, null for either."),
+    ] = None
+    queue_position: Annotated[
+        int | None,
+        Field(description="Older jobs of the same owner that wait for the same device; owners take turns."),
+    ] = None
+    workers: Annotated[
+        int | None, Field(description="Workers alive that could take a queued job: with 0 it waits for one to start.")
+    ] = None
     progress: JobProgress = JobProgress()
     attempt: Annotated[int, Field(description="How often a worker has started on it.")] = 0
     created_at: datetime
@@ -121,6 +131,8 @@ class WorkerInfo(BaseModel):
     name: str
     seconds_since_seen: float
     alive: bool
+    device: Annotated[Device, Field(description="What it computes on, and which jobs it takes.")]
+    detail: Annotated[str, Field(description="The device in words, or why it has no GPU.")]
 
 
 class Health(BaseModel):
@@ -128,4 +140,4 @@ class Health(BaseModel):
 
     status: Annotated[str, Field(description="ok or unavailable.")]
     checks: dict[str, Any] = {}
-    workers: list[WorkerInfo] = []
+    workers: Annotated[list[WorkerInfo], Field(description="Without a key, where there are keys, none.")] = []
