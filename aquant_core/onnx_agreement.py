@@ -55,11 +55,20 @@ class Agreement:
         return sum(self.differing_in_run.values()) / max(sum(self.codes.values()), 1)
 
 
-def open_session(model: onnx.ModelProto | str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """onnxruntime on the CPU, with as many threads as it chooses or ``threads``."""
+def open_session(
+    model: onnx.ModelProto | str | Path, threads: int = 0, spinning: bool = True
+) -> onnxruntime.InferenceSession:
+    """onnxruntime on the CPU.
+
+    Args:
+        model: the file, or what is in it.
+        threads: how many compute; 0 leaves that to onnxruntime.
+        spinning: whether they spin while they wait, as is onnxruntime's way; others may have use for the processor.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
@@ -74,10 +83,10 @@ def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) ->
         images: (N, C, H, W).
     """
     found = Agreement()
-    plain, whole = open_session(exported), open_session(_with_codes(model, exported))
+    plain, whole = (open_session(file, spinning=False) for file in (exported, _with_codes(model, exported)))
     sources = {node.name: _source(model, node) for node in model.graph.nodes if _quantizer(model, node) is not None}
     names = [name + CODES for name in sources]
-    alone = open_session(_codes_alone(exported, sources)) if names else None
+    alone = open_session(_codes_alone(exported, sources), spinning=False) if names else None
     for batch in torch.split(images, _AT_ONCE):
         values, logits = _run(model, batch)
         feed = {sources[name]: x.numpy() for name, (x, _) in values.items()}
