@@ -4,14 +4,18 @@
 
 Networks with random weights, rounded to nearest, with borders by channel drawn at random: speed does not depend on
 what was learned. The float network is written by the same exporter, BatchNorm folded. Variants run in turns, so that
-whatever else the machine does meets all of them; ratios are medians over the rounds, with their quartiles. Then single
-convolutions in every integer form that onnxruntime has, which is what the exporter's choice rests on.
+whatever else the machine does meets all of them; ratios are medians over the rounds, with their quartiles. Then where
+the time goes, by operator, and single convolutions in every integer form that onnxruntime has, which is what the
+exporter's choice rests on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,27 +70,14 @@ def main() -> None:
     for network in options.networks:
         results["networks"][network] = of_network(network)
         write(options.out, results)
+    results["operators"] = {name: of_operators(name) for name in options.networks if name not in NETWORKS}
     results["convolutions"] = [of_convolution(*shape) for shape in CONVOLUTIONS]
     write(options.out, results)
 
 
 def of_network(network: str) -> list[dict[str, Any]]:
     """A row for each batch size, number of threads and variant."""
-    torch.manual_seed(0)
-    most = max(batch for batch, _ in CELLS)
-    if network in NETWORKS:
-        folder, file = NETWORKS[network]
-        images = aquant_core.read_images(EXAMPLES / folder / "calibration.npz").images[:most]
-        captured = aquant_core.capture(EXAMPLES / folder / file, example=images[:2])
-    else:
-        images = torch.randn(most, 3, SIZE, SIZE)
-        captured = aquant_core.capture(build(network), example=images[:2])
-    graph = fold_batch_norm(captured)
-    files = {"float": onnx_model(QuantizedModel(graph).eval())}
-    for bits in BITS.get(network, (2,)):
-        nearest = quantize_to_nearest(graph, images[:8], QuantizationConfig(weight_bits=bits, activation_bits=bits))
-        files[f"nearest, W{bits}A{bits}"] = onnx_model(nearest)
-        files[f"border by channel, W{bits}A{bits}"] = onnx_model(with_border(nearest, BY_CHANNEL))
+    files, images = exported(network, BITS.get(network, (2,)), max(batch for batch, _ in CELLS))
     rows = []
     for batch, threads in CELLS:
         feed = {INPUT: images[:batch].numpy()}
@@ -96,6 +87,54 @@ def of_network(network: str) -> list[dict[str, Any]]:
             rows.append({"batch": batch, "threads": threads, "variant": name, **row})
             print(network, rows[-1], flush=True)
     return rows
+
+
+def exported(network: str, widths: tuple[int, ...], most: int) -> tuple[dict[str, onnx.ModelProto], torch.Tensor]:
+    """The float network and its quantized variants, and up to ``most`` images."""
+    torch.manual_seed(0)
+    if network in NETWORKS:
+        folder, file = NETWORKS[network]
+        images = aquant_core.read_images(EXAMPLES / folder / "calibration.npz").images[:most]
+        captured = aquant_core.capture(EXAMPLES / folder / file, example=images[:2])
+    else:
+        images = torch.randn(most, 3, SIZE, SIZE)
+        captured = aquant_core.capture(build(network), example=images[:2])
+    graph = fold_batch_norm(captured)
+    files = {"float": onnx_model(QuantizedModel(graph).eval())}
+    for bits in widths:
+        nearest = quantize_to_nearest(graph, images[:8], QuantizationConfig(weight_bits=bits, activation_bits=bits))
+        files[f"nearest, W{bits}A{bits}"] = onnx_model(nearest)
+        files[f"border by channel, W{bits}A{bits}"] = onnx_model(with_border(nearest, BY_CHANNEL))
+    return files, images
+
+
+def of_operators(network: str) -> dict[str, dict[str, Any]]:
+    """How often each operator is there once onnxruntime has rearranged the graph, and its milliseconds: one image, one
+    thread, the least time of each node over the runs.
+    """
+    files, images = exported(network, (2,), 2)
+    found: dict[str, dict[str, Any]] = {}
+    for variant, file in files.items():
+        with tempfile.TemporaryDirectory() as folder:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = 1, 3
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            session = onnxruntime.InferenceSession(file.SerializeToString(), options, ["CPUExecutionProvider"])
+            for _ in range(MOST):
+                session.run(None, {INPUT: images[:1].numpy()})
+            events = json.loads(Path(session.end_profiling()).read_text())
+        least: dict[tuple[str, str], float] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                node = event["args"]["op_name"], event["name"]
+                least[node] = min(least.get(node, math.inf), event["dur"] / 1e3)
+        rows: dict[str, Any] = {"all": {"nodes": len(least), "milliseconds": round(sum(least.values()), 3)}}
+        for op in sorted({op for op, _ in least}):
+            times = [time for (kind, _), time in least.items() if kind == op]
+            rows[op] = {"nodes": len(times), "milliseconds": round(sum(times), 3)}
+        found[variant] = rows
+        print(network, variant, rows["all"], flush=True)
+    return found
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], base: str) -> dict[str, dict[str, Any]]:
