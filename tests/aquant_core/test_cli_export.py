@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import aquant_core
-from aquant_core.cli_export import export
+from aquant_core.cli import export
 
 ROOT = Path(__file__).parents[2]
 app = typer.Typer()
@@ -37,7 +37,7 @@ def test_writes_and_compares(checkpoint: Path, tmp_path: Path) -> None:
     command = [str(checkpoint), "-o", str(output), "--compare", str(tmp_path / "images.npz")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert f"{output.stat().st_size} bytes" in done.output
+    assert f"{output.stat().st_size:,} bytes" in done.output
     assert "16 images in onnxruntime: 0 of" in done.output
     assert "16 predictions are the same" in done.output
     aquant_core.write_onnx(aquant_core.load(checkpoint), tmp_path / "again.onnx")
@@ -54,8 +54,17 @@ def test_a_damaged_checkpoint_is_named_and_nothing_written(checkpoint: Path, tmp
 
 def test_a_folder_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [str(checkpoint), "-o", str(tmp_path / "missing" / "quantized.onnx")])
-    assert done.exit_code == 2
-    assert "cannot be written" in done.output
+    assert done.exit_code == 1
+    assert "No such file or directory" in done.output
+
+
+def test_images_of_another_shape_are_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "others.npz", images=np.zeros((16, 1, 7, 7), np.float32))
+    command = [str(checkpoint), "-o", str(tmp_path / "quantized.onnx"), "--compare", str(tmp_path / "others.npz")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "(16, 1, 7, 7)" in done.output.replace("\n", " ") or "7 x 7" in done.output
+    assert not (tmp_path / "quantized.onnx").exists()
 
 
 def test_is_a_command_of_aquant() -> None:
