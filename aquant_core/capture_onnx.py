@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,7 @@ def _fixed_batch(model: onnx.ModelProto) -> int:
 
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
     """The captured graph must give what ONNX itself gives, before anything is quantized."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # published builds report to their maker otherwise
     import onnxruntime
 
     # onnx may write a newer IR version than onnxruntime reads; the operators decide, not the envelope.

@@ -19,6 +19,7 @@ from service.jobs.records import JobRecord
 from service.jobs.schemas import Problem
 from service.settings import Settings
 from worker import sandbox
+from worker.confinement import CALLS, FILES, PRIVILEGES
 from worker.intake import CALIBRATION, CAPTURED, EVALUATION, Request
 from worker.lease import JobStopError, Lease
 
@@ -79,6 +80,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
 
     def on_line(line: str) -> None:
         message = _read_message(line)
+        if not messages and "confined" in message:
+            _tell_confinement(job.id, message["confined"])
         messages.update(message)
         if message.get("stage") == "capture":
             try:
@@ -86,7 +89,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
             except JobStopError:
                 return  # should_stop sees it too, and ends the child
 
-    argv = [sys.executable, "-m", "worker.intake", str(path)]
+    # Safe path: what lies in the folder is not to be imported.
+    argv = [sys.executable, "-P", "-m", "worker.intake", str(path)]
     outcome = sandbox.run(argv, folder, limits, on_line, lambda: lease.stopping)
     lease.check()
     if outcome.returncode == 0 and "warnings" in messages:
@@ -101,6 +105,17 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
         kind = IntakeLostError if messages.get("lost") is True else IntakeFailedError
         raise kind(Problem.model_validate(messages["problem"]))
     raise _judge(outcome, limits)
+
+
+def _tell_confinement(job_id: str, inside: list[str]) -> None:
+    log.info("job %s: the intake is confined in its %s", job_id, ", ".join(inside))
+    missing = [name for name in (FILES, CALLS, PRIVILEGES) if name not in inside]
+    if missing:
+        log.warning(
+            "job %s: this kernel or container does not confine the intake in its %s; uploads are read all the same",
+            job_id,
+            ", ".join(missing),
+        )
 
 
 def _judge(outcome: sandbox.Outcome, limits: sandbox.Limits) -> IntakeFailedError:

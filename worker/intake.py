@@ -1,8 +1,9 @@
 """Child process (`python -m worker.intake REQUEST`): makes uploads a captured model and checked image sets.
 
 It runs in the sandbox and is the only place where uploads are parsed. What it says goes to standard output as
-one JSON object a line: ``{"stage": ...}`` as it goes along, and at the end ``{"warnings": [...]}`` or
-``{"problem": {...}}``, with ``"lost": true`` where another attempt may do better.
+one JSON object a line: ``{"confined": [...]}`` before it reads a byte of them, ``{"stage": ...}`` as it goes along,
+and at the end ``{"warnings": [...]}`` or ``{"problem": {...}}``, with ``"lost": true`` where another attempt may do
+better.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pydantic import BaseModel
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from service.jobs.schemas import Problem
-from worker.sandbox import Limits, confine
+from worker.confinement import confine
+from worker.sandbox import Limits
 from worker.workplace import DISK_FULL, disk_is_full
 
 CAPTURED = "captured.safetensors"
@@ -61,9 +63,10 @@ def take_in(request: Request, folder: Path) -> list[str]:
 def main(path: str) -> int:
     """Do one request; 0 if the upload is sound, 1 if not."""
     request = Request.model_validate_json(Path(path).read_bytes())
-    confine(request.limits, request.parent)
+    folder = Path(path).parent
+    _say(confined=confine(request.limits, request.parent, folder))
     try:
-        _say(warnings=take_in(request, Path(path).parent))
+        _say(warnings=take_in(request, folder))
     except AQuantError as error:
         problem = Problem.of_job(error.code, error.detail, error.remedy)
     except MemoryError:
