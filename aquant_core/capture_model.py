@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ def capture(
         raise ModelFormatError(f"{path} is not a file.", "Give the path of an ONNX file or of a state dict.")
     with path.open("rb") as file:
         head = file.read(16)
-    if zipfile.is_zipfile(path) or head[:1] == b"\x80":
+    if head.startswith((b"PK\x03\x04", b"\x80")):
         state = _read_pth(path)
     elif head[8:9] == b"{":
         state = _read_safetensors(path)

@@ -66,6 +66,12 @@ class ImageSetError(AQuantError):
     code = "images_invalid"
 
 
+class PreprocessMissingError(AQuantError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
 class UnknownLayerError(AQuantError):
     """The configuration names a layer that the network does not have."""
 

@@ -48,8 +48,9 @@ def take_in(request: Request, folder: Path) -> list[str]:
     from aquant_core.capture_model import capture
     from aquant_core.images import check_images, read_images
 
-    calibration = read_images(request.calibration, what="calibration")
-    evaluation = None if request.evaluation is None else read_images(request.evaluation, what="evaluation")
+    preprocess = request.config.preprocess
+    calibration = read_images(request.calibration, "calibration", preprocess)
+    evaluation = None if request.evaluation is None else read_images(request.evaluation, "evaluation", preprocess)
     _say(stage="capture")
     captured = capture(request.model, request.config.architecture, calibration.images[:2])
     warnings = check_images(captured, calibration, request.config, evaluation)

@@ -38,6 +38,9 @@ STATUS = {
     "model_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
     "architecture_missing": HTTPStatus.UNPROCESSABLE_ENTITY,
     "images_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "preprocess_missing": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "preprocess_unused": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "dry_run_has_no_checkpoint": HTTPStatus.NOT_FOUND,
     "range_not_satisfiable": HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
 }
 """HTTP status of each of the service's error codes."""

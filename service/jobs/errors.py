@@ -99,3 +99,21 @@ class ImagesInvalidError(ServiceError):
     """The image file is damaged, not an image set, or of a shape or type that cannot be images."""
 
     code = "images_invalid"
+
+
+class PreprocessMissingError(ServiceError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
+class PreprocessUnusedError(ServiceError):
+    """The configuration says how image files are prepared, and there are none."""
+
+    code = "preprocess_unused"
+
+
+class DryRunError(ServiceError):
+    """A job that forecasts and does not run has no checkpoint."""
+
+    code = "dry_run_has_no_checkpoint"
