@@ -193,6 +193,9 @@ class QuantizationConfig(_Strict):
     compare: Annotated[
         list[Method], Field(max_length=8, description="Methods to run beside `method`, for one table in the report.")
     ] = []
+    dry_run: Annotated[
+        bool, Field(description="End after the forecast: blocks, layers, bits, size, time and memory; no checkpoint.")
+    ] = False
 
     @model_validator(mode="before")
     @classmethod

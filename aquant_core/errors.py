@@ -78,6 +78,12 @@ class UnknownLayerError(AQuantError):
     code = "layer_unknown"
 
 
+class DryRunError(AQuantError):
+    """A run was asked for with a configuration that asks for a forecast alone."""
+
+    code = "dry_run_requested"
+
+
 class CheckpointError(AQuantError):
     """A quantized checkpoint is damaged, incomplete or of an unknown format version."""
 

@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -174,14 +174,14 @@ def _zip_entries(file: IO[bytes], size: int, _: Archive) -> Iterator[tuple[str, 
 
 
 def _tar_entries(file: IO[bytes], size: int, kind: Archive) -> Iterator[tuple[str, bytes]]:
-    stream = _Bounded(gzip.GzipFile(fileobj=file) if kind == "tgz" else file, _FREE_BYTES + MAX_RATIO * size)
+    unpacked = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if kind == "tgz" else file
+    stream = _Bounded(unpacked, _FREE_BYTES + MAX_RATIO * size)
     count = 0
     # As a stream: what is skipped is not kept, and nothing is read twice.
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarEntry) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarEntry) as archive:
         for entry in archive:
             count += 1
             _check_count(count)
-            archive.members = []  # it would remember them all
             if entry.isdir():
                 continue
             if not entry.isreg() or entry.issparse():

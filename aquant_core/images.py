@@ -147,7 +147,7 @@ def _read_archive(path: Path, what: Kind, preprocess: Preprocess | None) -> Imag
         if preprocess is None:
             raise PreprocessMissingError(
                 f"The {what} file is an archive of images, and nothing says how they are to be prepared.",
-                'Set "preprocess" to the size, crop, mean and std of the training; {} takes the usual ones of ImageNet.',
+                'Set "preprocess" to the size, crop, mean and std of the training; {} takes the usual ones.',
             )
         return ImageSet(*read_archive(path, kind, preprocess))
     except _UNREADABLE as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from aquant_core import checkpoint
-from aquant_core.capture_model import capture
 from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError
+from aquant_core.errors import DryRunError, NonFiniteError
 from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
 from aquant_core.finished_blocks import FinishedBlocks
-from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import forecast, together
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
-from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
+from aquant_core.images import ImageSet
+from aquant_core.methods import METHODS, MethodSettings, Preset
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
-from aquant_core.partition import partition
 from aquant_core.placement import mark_before, shortcut_of
+from aquant_core.preparation import prepare
 from aquant_core.progress import OnProgress, Progress
-from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
 from aquant_core.sequence import Run, reconstruct_blocks
-
-_HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
-"""Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
 
 
 @dataclass(frozen=True)
@@ -86,41 +78,16 @@ def quantize(
     tell(Progress("capture"))
     if isinstance(config, dict):
         config = QuantizationConfig.model_validate(config)
-    calibration = _image_set(calibration, "calibration")
-    evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
-    captured = capture(model, config.architecture, calibration.images[:2])
-    warnings = check_images(captured, calibration, config, evaluation)
-    resources = resources or Resources()
-    graph = fold_batch_norm(captured).to(resources.device)
-    digests = {"model": captured.digest(), "calibration": calibration.digest()}
-    if evaluation is None:
-        calibration, evaluation = _hold_back(calibration)
-        warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
-    digests["evaluation"] = evaluation.digest()
-
-    preset = preset or PRESETS[config.preset]
-    if config.iterations is not None:
-        preset = replace(preset, iterations=config.iterations)
-    methods = [config.method, *config.compare]
-    schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
-    graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
-    blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
-    count = sum(block.has_parts for block in blocks[config.method])
-    learned = [name for name in methods if schedules[name].method.reconstruct]
-    forecasts = {
-        name: forecast(
-            graphs[name],
-            blocks[name],
-            calibration.images,
-            config,
-            schedules[name],
-            resources,
-            partial(tell, Progress("forecast", blocks=count, method=name)),
-            others=len(learned) - 1,
+    if config.dry_run:
+        raise DryRunError(
+            "dry_run asks for a forecast, and this would run.", "Call aquant_core.plan, or leave dry_run out."
         )
-        for name in learned
-    }
-    expected = together(list(forecasts.values())).document() if learned else None
+    ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
+    preset, resources = ready.preset, ready.resources
+    captured, graph, graphs, blocks, count = ready.captured, ready.graph, ready.graphs, ready.blocks, ready.count
+    calibration, evaluation, digests, warnings = ready.calibration, ready.evaluation, ready.digests, ready.warnings
+    schedules, methods, learned = ready.schedules, list(ready.schedules), list(ready.forecasts)
+    forecasts, expected = ready.forecasts, ready.forecast
     tell(Progress("nearest", blocks=count, forecast=expected))
     weights = search_weights(graph, config)
     float_logits = logits_of(graph, evaluation.images, resources.device)
@@ -174,9 +141,9 @@ def quantize(
         "device": str(resources.device),
         "layers": [_describe_layer(main, name) for name in main.layers],
         "values": [_describe_value(main, name) for name in main.quantizers],
-        "size": _size(captured, main),
+        "size": size_of(captured, main),
         "method": config.method,
-        "protocol": _protocol(config, main, schedules[config.method].method),
+        "protocol": protocol_of(config, main, schedules[config.method].method),
         "preset": vars(preset) | {"name": config.preset},
         "settings": vars(schedules[config.method].method),
         "config": config.model_dump(mode="json"),
@@ -189,20 +156,6 @@ def quantize(
     return QuantizationResult(main, report)
 
 
-def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
-    if isinstance(images, str | Path):
-        return read_images(images, what)
-    if isinstance(images, Tensor):
-        images = ImageSet(images)
-    if not isinstance(images, ImageSet):
-        raise ImageSetError(
-            f"The {what} images are a {type(images).__name__}.",
-            "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
-        )
-    check_values(images.images, what)
-    return images
-
-
 def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, run: Run) -> dict[str, Any]:
     """What decides how a method's blocks come out; ``images`` are those not held back."""
     return {
@@ -213,16 +166,6 @@ def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, 
         "preset": vars(run.schedule.preset),
         "settings": vars(run.schedule.method),
     }
-
-
-def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Splits off the last images, to measure on what was not learned from."""
-    count = max(min(len(calibration) // _HELD_BACK_SHARE, _HELD_BACK_AT_MOST), 1)
-    labels = calibration.labels
-    return (
-        ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
-        ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
-    )
 
 
 def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
@@ -242,7 +185,8 @@ def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
     }
 
 
-def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
+def size_of(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
+    """Bytes of the float network and of the quantized one's tensors, and the border's share of them."""
     tensors = checkpoint.tensors_of(model)
     border = [t for name, t in tensors.items() if name.endswith((".border", ".alpha"))]
     folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
@@ -285,7 +229,7 @@ def _comparison(
     }
 
 
-def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
+def protocol_of(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
     """What published tables mix silently (see docs/method.md), as it was for this network."""
     switches = config.resolved_protocol.model_dump()
     if (shortcut := shortcut_of(model.graph)) is not None:

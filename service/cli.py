@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.jobs.states import Device
+
 if TYPE_CHECKING:
     from service.client import Client
     from service.jobs.schemas import JobDocument
@@ -72,6 +74,7 @@ def submit(
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
     ] = None,
+    device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -85,7 +88,7 @@ def submit(
         "seed": seed,
     }
     with _client(url) as client:
-        job = client.submit(model, calibration, _configuration(config, options), evaluation)
+        job = client.submit(model, calibration, _configuration(config, options), evaluation, device)
         typer.echo(job.id)
         if watch:
             _follow(client, job.id)

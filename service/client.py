@@ -14,7 +14,7 @@ import httpx
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.schemas import Health, JobDocument, JobPage, Problem
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 WAIT_SECONDS = 15
@@ -58,6 +58,7 @@ class Client:
         calibration: Path,
         config: QuantizationConfig | Mapping[str, Any],
         evaluation: Path | None = None,
+        device: Device | None = None,
     ) -> JobDocument:
         """Send a job; files are streamed."""
         if not isinstance(config, QuantizationConfig):
@@ -68,6 +69,8 @@ class Client:
             files: list[tuple[str, tuple[str | None, str | BinaryIO, str]]] = [
                 ("config", (None, config.model_dump_json(exclude_unset=True), "application/json"))
             ]
+            if device is not None:
+                files.append(("device", (None, device, "text/plain")))
             for name, path in paths.items():
                 if path is not None:
                     file = stack.enter_context(path.open("rb"))

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
             description="redis:// URL of the broker; `aquant up` starts a broker of its own without it.",
         ),
     ] = None
-    queue_name: Annotated[str, Field(description="Queue on the broker.")] = "aquant"
+    queue_name: Annotated[str, Field(description="The broker's queues are called NAME.gpu and NAME.cpu.")] = "aquant"
 
     host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     ] = None
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
+    job_memory_bytes: Annotated[
+        int | None,
+        Field(ge=GIB, description="A job whose process takes more memory than this, mapped files left out, fails."),
+    ] = None
+
     intake_seconds: Annotated[float, Field(gt=0, description="Wall clock of the upload check.")] = 600.0
     intake_memory_bytes: Annotated[int, Field(ge=256 * MIB, description="Memory of the upload check.")] = 16 * GIB
     intake_file_bytes: Annotated[int, Field(ge=1, description="Largest file that the upload check may write.")] = (
@@ -84,7 +89,8 @@ class Settings(BaseSettings):
     )
 
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], Field(description="Where workers compute; auto takes a GPU if there is one.")
+        Literal["auto", "cpu", "cuda"],
+        Field(description="Where a worker computes: auto takes a GPU if there is one that works, cuda insists on it."),
     ] = "auto"
     memory_bytes: Annotated[
         int | None,

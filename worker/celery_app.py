@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -10,12 +11,15 @@ from celery.utils.log import get_multiprocessing_logger
 
 from service.artifacts import ArtifactsDownError, UnsupportedStoreError, open_artifacts
 from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
-from service.jobs.queue import make_celery
+from service.jobs.queue import make_celery, queue_of
 from service.logs import set_up_logging
 from service.settings import Settings
 from service.tracing import require
 from worker.presence import Presence
+from worker.probe import NO_GPU, NoUsableGpuError, find_device
 from worker.workplace import clear_abandoned
+
+log = logging.getLogger(__name__)
 
 # The spawned child inherits it before torch starts its threads: on cores shared with the API and the broker,
 # OpenMP threads that spin while they wait cost more than the work itself.
@@ -26,12 +30,25 @@ require(settings)  # or the child would fail at its first job
 app = make_celery(settings)
 app.conf.include = ["worker.tasks"]
 
-_presence = Presence(settings)
+_presence: Presence | None = None
 
 
 def _set_up_logging(**_: Any) -> None:
     set_up_logging(settings)
     get_multiprocessing_logger().propagate = True  # it tells of children that were killed
+
+
+def _choose_device(**_: Any) -> None:
+    """In the parent, before Celery asks which queue to listen to; the child is told by its environment."""
+    global _presence
+    try:
+        found = find_device(settings)
+    except NoUsableGpuError as error:
+        raise SystemExit(str(error)) from error
+    log.log(logging.WARNING if NO_GPU in found.detail else logging.INFO, "jobs run on: %s", found.detail)
+    os.environ["AQUANT_DEVICE"] = "cuda" if found.device == "gpu" else "cpu"
+    app.conf.task_default_queue = queue_of(settings, found.device)
+    _presence = Presence(settings, found)
 
 
 def _prepare(**_: Any) -> None:
@@ -43,10 +60,12 @@ def _prepare(**_: Any) -> None:
 
 
 def _appear(**_: Any) -> None:
+    assert _presence is not None
     _presence.start()
 
 
 def _disappear(**_: Any) -> None:
+    assert _presence is not None
     _presence.stop()
 
 
@@ -56,6 +75,7 @@ def _begin_child(**_: Any) -> None:
 
 
 celeryd_init.connect(_set_up_logging)  # before Celery warns of anything
+celeryd_init.connect(_choose_device)
 setup_logging.connect(_set_up_logging)  # in the child; having a receiver also keeps Celery's own set-up out
 worker_init.connect(_prepare)
 worker_ready.connect(_appear)

@@ -1,4 +1,4 @@
-"""Which device and how much memory a worker's jobs get, and take; imports torch: only for the process that computes."""
+"""Device and memory that a worker's jobs get, and take; imports torch: only for the process that computes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,39 @@ from pathlib import Path
 import torch
 
 from aquant_core import Resources
+from service.jobs.states import Device
 from service.settings import Settings
 
 
-def resources(settings: Settings, folder: Path) -> Resources:
+class GpuLostError(Exception):
+    """The GPU that this worker began with is not there any more."""
+
+
+def resources(settings: Settings, device: Device, folder: Path) -> Resources:
     """What the settings allow, on this machine.
 
     Args:
-        settings: ``device``, ``memory_bytes`` and ``device_memory_bytes``.
+        settings: ``memory_bytes`` and ``device_memory_bytes``.
+        device: what the worker has found itself to run on.
         folder: where block inputs and outputs go that do not fit into memory.
+
+    Raises:
+        GpuLostError: it was a GPU.
     """
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "gpu" and not torch.cuda.is_available():
+        raise GpuLostError
+    name = "cuda" if device == "gpu" else "cpu"
     return Resources(torch.device(name), settings.device_memory_bytes, settings.memory_bytes, folder)
+
+
+def gpu_is_lost(error: BaseException) -> bool:
+    """Whether it says that the GPU or this process's hold on it is broken, for this job and any other."""
+    return isinstance(error, GpuLostError | torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def gpu_is_full(error: BaseException) -> bool:
+    """Whether it says that the GPU's memory does not do."""
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 class GpuMemory:

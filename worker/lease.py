@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -38,6 +39,10 @@ class JobTimeoutError(JobStopError):
     """The attempt has taken longer than this deployment allows."""
 
 
+class JobMemoryError(JobStopError):
+    """The process takes more memory than this deployment gives a job."""
+
+
 class Lease:
     """A claim kept alive by a thread for as long as the ``with`` block runs.
 
@@ -50,6 +55,7 @@ class Lease:
         self._sessions = sessions
         self._length = timedelta(seconds=settings.lease_seconds)
         self._every = settings.heartbeat_seconds
+        self._memory_bytes = settings.job_memory_bytes
         self._deadline = time.monotonic() + settings.job_seconds
         self._renewed = time.monotonic()
         self._progress = Progress(stage="intake")
@@ -104,6 +110,8 @@ class Lease:
 
     def _run(self) -> None:
         while not self._done.wait(self._every):
+            if self._memory_bytes is not None and self._stop is None and own_memory() > self._memory_bytes:
+                self._stop = JobMemoryError()
             try:
                 self._renew()
             except SQLAlchemyError as error:
@@ -135,6 +143,12 @@ class Lease:
             "forecast": self._forecast,
             **({} if self._gpu is None else {"gpu": self._gpu}),
         }
+
+
+def own_memory() -> int:
+    """Bytes of memory that this process alone takes: without files it maps, which the system can put back to disk."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _finite(number: float | None) -> float | None:

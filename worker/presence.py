@@ -14,6 +14,7 @@ from sqlalchemy.orm import sessionmaker
 from service.jobs.database import open_database
 from service.jobs.repository import JobRepository
 from service.settings import Settings
+from worker.probe import Found
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ def worker_name() -> str:
 class Presence:
     """A thread of the worker's parent process that signs in every few seconds, busy or not."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, found: Found) -> None:
+        self._settings, self._found = settings, found
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,7 +53,7 @@ class Presence:
         while True:
             try:
                 with sessions.begin() as session:
-                    JobRepository(session).note_worker(name, FORGET_AFTER)
+                    JobRepository(session).note_worker(name, self._found.device, self._found.detail, FORGET_AFTER)
             except SQLAlchemyError as error:
                 log.warning("the database did not take the worker's sign of life: %s", error)
             if self._stop.wait(SIGN_SECONDS):

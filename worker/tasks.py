@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import secrets
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +19,13 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
 from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.schemas import Problem
-from service.jobs.states import FINISHED, JobState
+from service.jobs.states import FINISHED, Device, JobState
 from service.jobs.tallies import Tallies
 from service.logs import about
 from service.settings import Settings
@@ -30,9 +33,9 @@ from service.tracing import context_of, send, tracer_provider
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
-from worker.lease import JobCancelledError, JobTimeoutError, Lease, LeaseLostError
+from worker.lease import JobCancelledError, JobMemoryError, JobTimeoutError, Lease, LeaseLostError
 from worker.presence import worker_name
-from worker.reporting import publish
+from worker.reporting import publish, publish_plan
 from worker.steps import Steps
 from worker.workplace import DISK_FULL, disk_is_full, workplace
 
@@ -47,40 +50,49 @@ STORE_LOST = Problem.of_job(
     "Submit it again once the service is well; its operator finds the reason in the worker's log.",
 )
 
+GPU_LOST = Problem.of_job(
+    "gpu_lost",
+    "The GPU broke down while it ran this job, each time it was tried.",
+    "Submit it again; the service's operator finds the GPU's error in the worker's log.",
+)
+GPU_FULL = Problem.of_job(
+    "gpu_memory_exceeded",
+    "The GPU's memory does not do for this job.",
+    "Submit it with `device` cpu, or have the operator lower AQUANT_DEVICE_MEMORY_BYTES, from which on block inputs "
+    "stay in the machine's memory.",
+)
+
 
 class JobRunner:
     """Runs jobs one after another, with the parts they share."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, device: Device) -> None:
+        self._settings, self._device = settings, device
         self._sessions: sessionmaker[Session] = sessionmaker(open_database(settings), expire_on_commit=False)
         self._artifacts = open_artifacts(settings.artifacts)
         self._queue = JobQueue(settings)
         self._tracing = tracer_provider(settings, "aquant-worker")
         self._tracer = self._tracing.get_tracer("aquant")
 
-    def run(self, job_id: str) -> JobState | None:
-        """Try a job; the state it was left in, or None if it was not to be had or was lost on the way.
+    def run(self) -> JobState | None:
+        """Try the job whose turn it is; the state it was left in, or None if none waits or it was lost on the way.
 
         Without a database its row stays as it is, for the reaper: queued, or under a lease that runs out.
         """
-        with about(job_id=job_id):
-            try:
-                return self._try(job_id)
-            except DATABASE_DOWN as error:
-                log.warning("job %s waits for the database and will be tried again: %s", job_id, error)
-                return None
-
-    def _try(self, job_id: str) -> JobState | None:
-        """Claim it, and run the attempt under its names: those of log lines and of the trace."""
-        claim = self._claim(job_id)
-        if claim is None:
-            log.info("job %s is not there to be taken", job_id)
+        try:
+            claim = self._claim()
+            return None if claim is None else self._try(claim)
+        except DATABASE_DOWN as error:
+            log.warning("jobs wait for the database and will be tried again: %s", error)
             return None
+
+    def _try(self, claim: Claim) -> JobState | None:
+        """Run the attempt under its names: those of log lines and of the trace."""
+        job_id = claim.job_id
         with self._sessions() as session:
             job = JobRepository(session).get(job_id)
         origin = job.origin or {}
-        with about(attempt=claim.attempt, request_id=origin.get("request_id")):
+        with about(job_id=job_id, attempt=claim.attempt, request_id=origin.get("request_id")):
             try:
                 with self._tracer.start_as_current_span(
                     "job attempt",
@@ -96,10 +108,11 @@ class JobRunner:
                 send(self._tracing)  # the process may be ended before its thread gets to it
         return state
 
-    def _claim(self, job_id: str) -> Claim | None:
+    def _claim(self) -> Claim | None:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
+        lease = timedelta(seconds=self._settings.lease_seconds)
         with self._sessions.begin() as session:
-            return JobRepository(session).claim(job_id, owner, timedelta(seconds=self._settings.lease_seconds))
+            return JobRepository(session).claim_next(owner, lease, self._device)
 
     def _run(self, job: JobRecord, claim: Claim) -> JobState | None:
         log.info("job %s: attempt %d begins", job.id, claim.attempt)
@@ -133,6 +146,13 @@ class JobRunner:
                 f"The job ran for more than the {self._settings.job_seconds:.0f} seconds it is given.",
                 "Choose a smaller preset or fewer iterations, or have the operator raise AQUANT_JOB_SECONDS.",
             )
+        except JobMemoryError:
+            problem = Problem.of_job(
+                "memory_limit_exceeded",
+                f"The job took more than the {self._settings.job_memory_bytes} bytes of memory it is given.",
+                "Send fewer images or a smaller network, or have the operator raise AQUANT_JOB_MEMORY_BYTES or lower "
+                "AQUANT_MEMORY_BYTES, from which on block inputs go to disk.",
+            )
         except IntakeLostError as error:
             return self._give_back(claim, error.problem)
         except IntakeFailedError as error:
@@ -145,6 +165,14 @@ class JobRunner:
             if disk_is_full(error):
                 log.warning("job %s: %s", job.id, error)
                 return self._give_back(claim, DISK_FULL)
+            from worker.device import gpu_is_full, gpu_is_lost  # torch: it is imported by now, or the error is another
+
+            if gpu_is_lost(error):
+                log.error("job %s: the GPU is lost, and this worker stops: %s", job.id, error)
+                os.kill(os.getppid(), signal.SIGTERM)  # before it loses the next job; it starts with what is left
+                return self._give_back(claim, GPU_LOST)
+            if gpu_is_full(error):
+                return self._finish(lease, JobState.FAILED, GPU_FULL)
             log.exception("job %s failed", job.id)
             problem = Problem.of_job(
                 "internal_error",
@@ -158,10 +186,10 @@ class JobRunner:
         blocks = BlockStore(job.id, folder / "blocks", self._artifacts)
         blocks.fetch()
 
-        from aquant_core import CapturedModel, ImageSet, quantize  # torch: only in the child, only from here on
+        from aquant_core import CapturedModel, ImageSet, plan, quantize  # torch: only in the child, only from here on
         from worker.device import GpuMemory, resources
 
-        granted = resources(self._settings, folder)
+        granted = resources(self._settings, self._device, folder)
         memory = GpuMemory(granted.device)
 
         def report(progress: Progress) -> None:
@@ -169,15 +197,13 @@ class JobRunner:
             lease.report(progress, memory.read())
             blocks.store()
 
-        result = quantize(
-            CapturedModel.load(intake.captured),
-            ImageSet.load(intake.calibration),
-            QuantizationConfig.model_validate(job.config),
-            evaluation=None if intake.evaluation is None else ImageSet.load(intake.evaluation),
-            on_progress=report,
-            resources=granted,
-            resume_from=blocks.folder,
-        )
+        model, calibration = CapturedModel.load(intake.captured), ImageSet.load(intake.calibration)
+        evaluation = None if intake.evaluation is None else ImageSet.load(intake.evaluation)
+        config = QuantizationConfig.model_validate(job.config)
+        if config.dry_run:
+            document = plan(model, calibration, config, evaluation, report, resources=granted)
+            return publish_plan(claim, document, intake.warnings, folder, self._artifacts, self._sessions)
+        result = quantize(model, calibration, config, evaluation, report, resources=granted, resume_from=blocks.folder)
         report(Progress(stage="save"))
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
 
@@ -211,7 +237,7 @@ class JobRunner:
             state = JobRepository(session).give_back(claim, self._settings.max_attempts, problem.model_dump())
         if state == JobState.QUEUED:
             try:
-                self._queue.announce(claim.job_id)
+                announce(claim.job_id, self._sessions, self._queue)
             except QueueDownError as error:
                 log.warning("job %s is queued again but not announced: %s", claim.job_id, error)
         return state
@@ -219,10 +245,11 @@ class JobRunner:
 
 @functools.cache
 def _runner() -> JobRunner:
-    return JobRunner(settings)
+    return JobRunner(settings, "gpu" if settings.device == "cuda" else "cpu")  # the parent has chosen
 
 
 @app.task(name=RUN_JOB)  # type: ignore[untyped-decorator]
 def run_job(job_id: str) -> None:
-    """Try job ``job_id``; may be called any number of times for the same one."""
-    _runner().run(job_id)
+    """Job ``job_id`` waits, so it is some job's turn; may be called any number of times for the same one."""
+    with about(announced_job_id=job_id):
+        _runner().run()

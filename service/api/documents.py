@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aquant_core.config import QuantizationConfig
 from service.jobs.records import JobRecord
 from service.jobs.schemas import FileInfo, JobDocument, JobLinks, JobProgress, Problem
-from service.jobs.states import FINISHED, JobState
+from service.jobs.states import FINISHED, Device, JobState
 
 
-def describe(job: JobRecord, queue_position: int | None = None) -> JobDocument:
-    """The document of a job."""
+def describe(job: JobRecord, queue_position: int | None = None, workers: Sequence[Device] = ()) -> JobDocument:
+    """The document of a job; ``workers`` are the devices of those alive."""
     here = f"/jobs/{job.id}"
     done = job.state == JobState.SUCCEEDED
     progress = JobProgress.model_validate(job.progress or {})
@@ -19,7 +21,9 @@ def describe(job: JobRecord, queue_position: int | None = None) -> JobDocument:
         id=job.id,
         state=job.state,
         stage=job.stage,
+        device=job.device,
         queue_position=queue_position,
+        workers=sum(job.device in (None, device) for device in workers) if job.state == JobState.QUEUED else None,
         progress=progress,
         attempt=job.attempt,
         created_at=job.created_at,
@@ -35,6 +39,6 @@ def describe(job: JobRecord, queue_position: int | None = None) -> JobDocument:
             self=here,
             cancel=f"{here}/cancel" if job.state in (JobState.QUEUED, JobState.RUNNING) else None,
             report=f"{here}/report" if done else None,
-            checkpoint=f"{here}/checkpoint" if done else None,
+            checkpoint=f"{here}/checkpoint" if done and job.artifact("checkpoint") is not None else None,
         ),
     )

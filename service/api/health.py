@@ -42,7 +42,7 @@ def ready(parts: PartsDep) -> Response:
         log.warning("%s", error)
         checks["artifacts"] = "unavailable"
     try:
-        parts.queue.depth()
+        parts.queue.depth("cpu")
         checks["broker"] = "ok"
     except QueueDownError:
         checks["broker"] = "unavailable"
@@ -70,6 +70,8 @@ def _workers(parts: Parts) -> list[WorkerInfo]:
                 name=worker.name,
                 seconds_since_seen=round((at - worker.seen_at).total_seconds(), 1),
                 alive=worker.alive(at),
+                device=worker.device,
+                detail=worker.detail,
             )
             for worker in JobRepository(session).workers()
         ]

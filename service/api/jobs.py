@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -19,14 +19,15 @@ from service.artifacts import ArtifactsDownError, Stored, blocks_prefix, job_pre
 from service.jobs.errors import FormError, ServiceError
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, JobPage
-from service.jobs.states import JobState
-from service.jobs.submission import UPLOADS, Submission, UploadName, new_job_id, read_config
+from service.jobs.states import Device, JobState
+from service.jobs.submission import UPLOADS, Submission, UploadName, new_job_id, read_config, read_device
 from service.logs import about
 
 router = APIRouter(tags=["jobs"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
 
 POLL_SECONDS = 0.25
 MAX_WAIT_SECONDS = 20.0
+MAX_DEVICE_BYTES = 100
 DRAIN_BYTES = 32 * 1024 * 1024
 RETRY_AFTER = {"Retry-After": "1"}
 
@@ -49,6 +50,11 @@ _FORM: dict[str, Any] = {
                             "description": "Images (N, C, H, W): .npz (`images`, `labels`), .npy ...",
                         },
                         "evaluation": {**_FILE, "description": "Labelled images to measure accuracy on."},
+                        "device": {
+                            "type": "string",
+                            "enum": list(get_args(Device)),
+                            "description": "What it is to run on; without it whichever is free first.",
+                        },
                         "config": {"$ref": "#/components/schemas/QuantizationConfig"},
                     },
                 },
@@ -82,6 +88,7 @@ async def submit(request: Request, response: Response, parts: PartsDep) -> JobDo
 async def _receive(job_id: str, form: FormStream, parts: Parts) -> Submission:
     """Stream the form's files to the store; the config is checked as soon as it is there."""
     config: QuantizationConfig | None = None
+    device: Device | None = None
     uploads: dict[UploadName, Stored] = {}
     seen: set[str] = set()
     async for part in form.parts():
@@ -95,9 +102,11 @@ async def _receive(job_id: str, form: FormStream, parts: Parts) -> Submission:
         elif part.name == "config":
             limit = parts.settings.max_config_bytes
             config = read_config(b"".join([chunk async for chunk in part.chunks(limit)]))
+        elif part.name == "device":
+            device = read_device(b"".join([chunk async for chunk in part.chunks(MAX_DEVICE_BYTES)]))
         else:
             raise FormError(f"The form has a part {part.name!r}, which means nothing here.", REMEDY)
-    return Submission(job_id, config, uploads)
+    return Submission(job_id, config, device, uploads)
 
 
 @router.get("/jobs")
@@ -112,7 +121,8 @@ def list_jobs(
     with parts.sessions() as session:
         repository = JobRepository(session)
         page = repository.page(limit, cursor, state)
-        jobs = [describe(job, repository.queue_position(job)) for job in page.jobs]
+        workers = repository.devices()
+        jobs = [describe(job, repository.queue_position(job), workers) for job in page.jobs]
     following = None
     if page.cursor is not None:
         url = request.url.include_query_params(limit=limit, cursor=page.cursor)
@@ -174,4 +184,4 @@ def _load(parts: Parts, job_id: str) -> JobDocument:
     with parts.sessions() as session:
         repository = JobRepository(session)
         job = repository.get(job_id)
-        return describe(job, repository.queue_position(job))
+        return describe(job, repository.queue_position(job), repository.devices())

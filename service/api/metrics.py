@@ -17,6 +17,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib.metadata import version
+from typing import get_args
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Histogram, Info, Metric, ProcessCollector
@@ -28,9 +29,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.api.deps import PartsDep
 from service.jobs.queue import JobQueue, QueueDownError
-from service.jobs.records import JobRecord
+from service.jobs.records import JobRecord, WorkerRecord
 from service.jobs.repository import JobRepository, StateCount, now
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 from service.jobs.tallies import Series, Tallies
 
 log = logging.getLogger(__name__)
@@ -85,13 +86,15 @@ class ServiceCollector(Collector):
 
     def _broker(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("aquant_broker_up", "1 if the broker answers.")
+        waiting = GaugeMetricFamily("aquant_broker_messages", "Messages that wait for a worker.", labels=["device"])
         try:
-            waiting = self._queue.depth()
+            for device in get_args(Device):
+                waiting.add_metric([device], self._queue.depth(device))
         except QueueDownError:
             up.add_metric([], 0)
         else:
             up.add_metric([], 1)
-            yield GaugeMetricFamily("aquant_broker_messages", "Messages that wait for a worker.", waiting)
+            yield waiting
         yield up
 
     def _database(self) -> Iterator[Metric]:
@@ -100,9 +103,15 @@ class ServiceCollector(Collector):
             repository = JobRepository(session)
             yield from _states(repository.counts(), at)
             yield from _held(repository.held(), at)
-            workers = sum(worker.alive(at) for worker in repository.workers())
-            yield GaugeMetricFamily("aquant_workers_alive", "Workers that have signed in lately.", workers)
+            yield _workers(repository.workers(), at)
             yield from _tallied(Tallies(session).all())
+
+
+def _workers(workers: Iterable[WorkerRecord], at: datetime) -> Metric:
+    alive = GaugeMetricFamily("aquant_workers_alive", "Workers that have signed in lately.", labels=["device"])
+    for device in get_args(Device):
+        alive.add_metric([device], sum(worker.alive(at) for worker in workers if worker.device == device))
+    return alive
 
 
 def _states(counts: list[StateCount], at: datetime) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
-from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.errors import ArtifactNotReadyError, DryRunError
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
@@ -100,6 +100,10 @@ def _find(parts: Parts, job_id: str, name: str) -> _File:
     with parts.sessions() as session:
         job = JobRepository(session).get(job_id)
         artifact = job.artifact(name)
+        if artifact is None and name != "report" and job.config.get("dry_run"):
+            raise DryRunError(
+                f"Job {job_id} is a dry run, which has no {name}.", "Read its report; submit it again without dry_run."
+            )
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",

@@ -1,4 +1,5 @@
-"""The message queue: how API and worker reach the broker, and the one message there is ("try job X").
+"""The message queues, one for each device: how API and worker reach the broker, and the one message there is ("job X
+waits": whose turn it is, the rows say).
 
 The settings follow from experiments: a task that outlives the visibility timeout is delivered twice, and a
 worker that prefetches redelivers what it holds without end. Hence a visibility timeout above the job's time
@@ -8,9 +9,12 @@ row decides.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from service.jobs.states import Device
 from service.settings import Settings
 
 RUN_JOB = "aquant.run_job"
@@ -75,26 +79,32 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
+def queue_of(settings: Settings, device: Device) -> str:
+    """The queue that workers on this device listen to."""
+    return f"{settings.queue_name}.{device}"
+
+
 class JobQueue:
-    """The API's side of the queue."""
+    """The API's side of the queues."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._app = make_celery(settings)
-        self._name = settings.queue_name
 
-    def announce(self, job_id: str) -> None:
-        """Tell the workers that a job waits.
+    def announce(self, job_id: str, devices: Collection[Device]) -> None:
+        """Tell the workers on each of these devices that a job waits.
 
         Raises:
             QueueDownError: the broker cannot be reached.
         """
         try:
-            self._app.send_task(RUN_JOB, args=[job_id], queue=self._name)
+            for device in devices:
+                self._app.send_task(RUN_JOB, args=[job_id], queue=queue_of(self._settings, device))
         except (OperationalError, OSError) as error:
             raise QueueDownError(f"The broker cannot be reached: {error}") from error
 
-    def depth(self) -> int:
-        """Number of messages that wait; also the check that the broker answers.
+    def depth(self, device: Device) -> int:
+        """Number of messages that wait for workers on this device; also the check that the broker answers.
 
         Raises:
             QueueDownError: the broker cannot be reached.
@@ -103,7 +113,7 @@ class JobQueue:
             with self._app.connection_for_read() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1)
                 client = connection.default_channel.client
-                return int(client.llen(self._name))
+                return int(client.llen(queue_of(self._settings, device)))
         except (OperationalError, OSError) as error:
             raise QueueDownError(f"The broker cannot be reached: {error}") from error
 

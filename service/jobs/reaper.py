@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts, ArtifactsDownError, blocks_prefix, job_prefix
+from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import JobNotFoundError
 from service.jobs.queue import JobQueue, QueueDownError
@@ -93,18 +94,22 @@ class Reaper:
                 if state is not None:
                     log.warning("job %s lost its worker in attempt %d and is now %s", job_id, attempt, state)
                 if state == JobState.QUEUED:
-                    self._announce(job_id)
+                    announce(job_id, self._sessions, self._queue)
                 elif state in FINISHED:
                     self._artifacts.discard(blocks_prefix(job_id))
 
     def announce_forgotten(self) -> None:
-        """Announce anew what is queued in the database while the broker has no message waiting."""
+        """Announce anew what is queued in the database while no message waits for the workers who could take it."""
+        before = now() - timedelta(seconds=self._settings.renudge_seconds)
         with self._sessions() as session:
-            before = now() - timedelta(seconds=self._settings.renudge_seconds)
-            waiting = JobRepository(session).unannounced_since(before)
-        if waiting and self._queue.depth() == 0:
-            for job_id in waiting:
-                self._announce(job_id)
+            repository = JobRepository(session)
+            waiting = {device: repository.unannounced_since(before, device) for device in repository.devices()}
+        for device, job_ids in waiting.items():
+            if job_ids and self._queue.depth(device) == 0:
+                for job_id in job_ids:
+                    self._queue.announce(job_id, [device])
+                    with self._sessions.begin() as session:
+                        JobRepository(session).note_announced(job_id)
 
     def delete_expired(self) -> None:
         """Delete jobs that ended long enough ago, row first: files whose row is gone are swept at the latest."""
@@ -133,8 +138,3 @@ class Reaper:
                 with about(job_id=name):
                     log.info("deleting the files of %s: there is no such job", name)
                 self._artifacts.delete_prefix(job_prefix(name))
-
-    def _announce(self, job_id: str) -> None:
-        self._queue.announce(job_id)
-        with self._sessions.begin() as session:
-            JobRepository(session).note_announced(job_id)

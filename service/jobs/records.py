@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 
 ALIVE_SECONDS = 20.0
 """A worker that has not signed in for this long is not counted on; it does so every few seconds."""
@@ -59,6 +59,7 @@ class Record(DeclarativeBase):
         datetime: UtcDateTime,
         JobState: StateColumn,
         dict[str, Any]: JSON(none_as_null=True),
+        Device: String(8),
     }
 
 
@@ -69,10 +70,15 @@ class JobRecord(Record):
     __table_args__ = (
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_state_created_at", "state", "created_at"),
+        Index("ix_jobs_state_owner_created_at", "state", "owner", "created_at"),
     )
 
     id: Mapped[str] = mapped_column(IdColumn, primary_key=True)
+    owner: Mapped[str | None] = mapped_column(String(64))
+    """Whose it is; None where the service is open to all."""
     state: Mapped[JobState]
+    device: Mapped[Device | None]
+    """What it is to run on; None where either will do, until it is claimed: its blocks are good for one device."""
     stage: Mapped[str | None] = mapped_column(String(16))
     config: Mapped[dict[str, Any]]
     progress: Mapped[dict[str, Any] | None]
@@ -120,6 +126,9 @@ class WorkerRecord(Record):
 
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     seen_at: Mapped[datetime]
+    device: Mapped[Device]
+    detail: Mapped[str] = mapped_column(String(255))
+    """The device in words, or why it has no GPU."""
 
     def alive(self, at: datetime) -> bool:
         """Whether it has signed in lately."""

@@ -18,9 +18,10 @@ from sqlalchemy.orm import Session, lazyload
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
-from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
-from service.jobs.states import FINISHED, HELD, JobState, sources
+from service.jobs.records import ALIVE_SECONDS, ArtifactRecord, JobRecord, WorkerRecord
+from service.jobs.states import FINISHED, HELD, Device, JobState, sources
 from service.jobs.tallies import Tallies
+from service.jobs.turns import next_jobs, runs_on
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,17 @@ class JobRepository:
         return Page(jobs[:limit], _write_cursor(jobs[limit - 1]) if more else None)
 
     def queue_position(self, job: JobRecord) -> int | None:
-        """How many queued jobs are older; None for a job that is not queued."""
+        """How many queued jobs are older and may run on the same device; None for a job that is not queued."""
         if job.state != JobState.QUEUED:
             return None
         return self._session.scalar(
             select(func.count())
             .select_from(JobRecord)
-            .where(JobRecord.state == JobState.QUEUED, JobRecord.created_at < job.created_at)
+            .where(
+                JobRecord.state == JobState.QUEUED,
+                JobRecord.created_at < job.created_at,
+                *([] if job.device is None else [runs_on(job.device)]),
+            )
         )
 
     def existing(self, job_ids: Sequence[str]) -> set[str]:
@@ -110,13 +115,27 @@ class JobRepository:
 
     # A worker's side: claim, renew, finish.
 
-    def claim(self, job_id: str, owner: str, lease: timedelta) -> Claim | None:
-        """Take a queued job for a new attempt; None if it is not there to be taken."""
+    def claim_next(self, owner: str, lease: timedelta, device: Device) -> Claim | None:
+        """Take the job whose turn it is on this device; None if none waits for it."""
+        lost = True
+        while lost:  # to another worker, meanwhile: there may be more
+            lost = False
+            for job_id in next_jobs(self._session, device):
+                claim = self.claim(job_id, owner, lease, device)
+                if claim is not None:
+                    return claim
+                lost = True
+        return None
+
+    def claim(self, job_id: str, owner: str, lease: timedelta, device: Device = "cpu") -> Claim | None:
+        """Take a queued job for a new attempt, which binds it to the device; None if it is not there to be taken."""
         at = now()
         taken = self._move(
             JobState.RUNNING,
             JobRecord.id == job_id,
+            runs_on(device),
             attempt=JobRecord.attempt + 1,
+            device=device,
             lease_owner=owner,
             lease_expires_at=at + lease,
             started_at=func.coalesce(JobRecord.started_at, at),
@@ -247,13 +266,14 @@ class JobRepository:
         query = select(JobRecord.id).where(JobRecord.state.in_(FINISHED), JobRecord.finished_at < before)
         return list(self._session.scalars(query.order_by(JobRecord.finished_at).limit(limit)))
 
-    def unannounced_since(self, before: datetime) -> list[str]:
-        """Queued jobs of which the broker was last told before this time, or never."""
+    def unannounced_since(self, before: datetime, device: Device) -> list[str]:
+        """Queued jobs for this device of which the broker was last told before this time, or never."""
         return list(
             self._session.scalars(
                 select(JobRecord.id)
                 .where(
                     JobRecord.state == JobState.QUEUED,
+                    runs_on(device),
                     or_(
                         JobRecord.nudged_at < before,
                         and_(JobRecord.nudged_at.is_(None), JobRecord.created_at < before),
@@ -267,9 +287,9 @@ class JobRepository:
         """Note that the broker has just been told of a job."""
         self._session.execute(update(JobRecord).where(JobRecord.id == job_id).values(nudged_at=now()))
 
-    def note_worker(self, name: str, forget_after: timedelta) -> None:
-        """Note a worker's sign of life, and forget those not seen for long."""
-        self._session.merge(WorkerRecord(name=name, seen_at=now()))
+    def note_worker(self, name: str, device: Device, detail: str, forget_after: timedelta) -> None:
+        """Note a worker's sign of life and what it runs on, and forget those not seen for long."""
+        self._session.merge(WorkerRecord(name=name, seen_at=now(), device=device, detail=detail[:255]))
         self._session.execute(delete(WorkerRecord).where(WorkerRecord.seen_at < now() - forget_after))
 
     def forget_worker(self, name: str) -> None:
@@ -279,6 +299,11 @@ class JobRepository:
     def workers(self) -> Sequence[WorkerRecord]:
         """Every worker known."""
         return self._session.scalars(select(WorkerRecord).order_by(WorkerRecord.name)).all()
+
+    def devices(self) -> list[Device]:
+        """The device of every worker that is alive."""
+        alive = WorkerRecord.seen_at > now() - timedelta(seconds=ALIVE_SECONDS)
+        return list(self._session.scalars(select(WorkerRecord.device).where(alive)))
 
     # What is told of all jobs together.
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
-from service.jobs.states import FINISHED, JobState
+from service.jobs.states import FINISHED, Device, JobState
+
+_MAX_WORDS = 2_000
+
+
+def _fit_to_show(text: str) -> str:
+    """It may name what stands in an upload, of any length and in any characters."""
+    shown = "".join(character if character.isprintable() else " " for character in text[:_MAX_WORDS])
+    return shown if len(text) <= _MAX_WORDS else f"{shown}..."
 
 
 class Problem(BaseModel):
@@ -22,8 +30,8 @@ class Problem(BaseModel):
         int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
     ] = None
     code: Annotated[str, Field(description="Stable identifier of the kind of problem.")]
-    detail: Annotated[str, Field(description="What was wrong, naming the value.")]
-    remedy: Annotated[str, Field(description="What to do about it.")]
+    detail: Annotated[str, AfterValidator(_fit_to_show), Field(description="What was wrong, naming the value.")]
+    remedy: Annotated[str, AfterValidator(_fit_to_show), Field(description="What to do about it.")]
 
     @classmethod
     def of_job(cls, code: str, detail: str, remedy: str) -> Problem:
@@ -90,7 +98,17 @@ class JobDocument(BaseModel):
     stage: Annotated[
         str | None, Field(description="intake, capture, forecast, nearest, reconstruct, evaluate or save.")
     ] = None
-    queue_position: Annotated[int | None, Field(description="Jobs ahead of a queued one.")] = None
+    device: Annotated[
+        Device | None,
+        Field(description="What it runs on, from its first start on; before that what was asked for, null for either."),
+    ] = None
+    queue_position: Annotated[
+        int | None,
+        Field(description="Older jobs that wait for the same device; owners take turns, so it may come sooner."),
+    ] = None
+    workers: Annotated[
+        int | None, Field(description="Workers alive that could take a queued job: with 0 it waits for one to start.")
+    ] = None
     progress: JobProgress = JobProgress()
     attempt: Annotated[int, Field(description="How often a worker has started on it.")] = 0
     created_at: datetime
@@ -120,6 +138,8 @@ class WorkerInfo(BaseModel):
     name: str
     seconds_since_seen: float
     alive: bool
+    device: Annotated[Device, Field(description="What it computes on, and which jobs it takes.")]
+    detail: Annotated[str, Field(description="The device in words, or why it has no GPU.")]
 
 
 class Health(BaseModel):

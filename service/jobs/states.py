@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
+
+Device = Literal["gpu", "cpu"]
+"""What a worker computes on, and a job may ask for."""
 
 
 class JobState(StrEnum):

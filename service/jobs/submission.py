@@ -6,20 +6,21 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from pydantic import ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
 from service.artifacts import Artifacts, Stored
+from service.jobs.announcement import announce
 from service.jobs.errors import ConfigError, FormError, PreprocessUnusedError, UploadEmptyError
 from service.jobs.image_files import ARCHIVES, check_images
 from service.jobs.model_files import check_model
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
-from service.jobs.states import JobState
+from service.jobs.states import Device, JobState
 from service.logs import what_about
 from service.settings import Settings
 from service.tracing import carrier
@@ -42,6 +43,7 @@ class Submission:
 
     job_id: str
     config: QuantizationConfig | None
+    device: Device | None
     uploads: Mapping[UploadName, Stored]
 
 
@@ -90,6 +92,7 @@ class Submitter:
                 JobRecord(
                     id=submission.job_id,
                     state=JobState.QUEUED,
+                    device=submission.device,
                     config=config.model_dump(mode="json"),
                     created_at=now(),
                     origin={"request_id": what_about().get("request_id"), **carrier()},
@@ -99,13 +102,10 @@ class Submitter:
             )
         log.info("job %s is queued", submission.job_id)
         try:
-            self._queue.announce(submission.job_id)
+            announce(submission.job_id, self._sessions, self._queue)
         except QueueDownError as error:
             # The row is in, so the job is accepted; the reaper announces it when the broker is back.
             log.warning("job %s is queued but not announced yet: %s", submission.job_id, error)
-        else:
-            with self._sessions.begin() as session:
-                JobRepository(session).note_announced(submission.job_id)
 
     def _check(self, name: UploadName, stored: Stored, config: QuantizationConfig) -> str:
         if stored.size == 0:
@@ -114,6 +114,20 @@ class Submitter:
             if name == "model":
                 return check_model(file, stored.size, config.architecture)
             return check_images(file, stored.size, name, self._settings.max_unpacked_bytes, config.preprocess)
+
+
+def read_device(text: bytes) -> Device:
+    """The device a job asks for.
+
+    Raises:
+        FormError: there is none of this name.
+    """
+    for device in get_args(Device):
+        if text.decode(errors="replace").strip() == device:
+            return cast(Device, device)
+    raise FormError(
+        f"`device` is {text[:40].decode(errors='replace')!r}.", "Say gpu or cpu, or leave it out to take either."
+    )
 
 
 def read_config(text: bytes) -> QuantizationConfig:

@@ -231,7 +231,7 @@ def test_a_worker_is_healthy_while_it_signs_in(services: dict[str, Any], tmp_pat
 
     def sign_in(host: str) -> None:
         with Session(engine) as session, session.begin():
-            JobRepository(session).note_worker(f"{host}:1", timedelta(hours=1))
+            JobRepository(session).note_worker(f"{host}:1", "cpu", "2 CPU cores", timedelta(hours=1))
 
     try:
         sign_in("another-host")

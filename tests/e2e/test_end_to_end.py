@@ -215,7 +215,7 @@ def test_metrics_count_what_the_worker_did(stack: Stack, finished: tuple[JobDocu
     blocks = max(one.progress.blocks for one in seen)
     assert found["aquant_block_duration_seconds_count", "qdrop"] == blocks  # no other job compares
     assert found["aquant_block_duration_seconds_count", "aquant"] >= blocks
-    assert found["aquant_workers_alive",] == 1
+    assert found["aquant_workers_alive", "cpu"] == 1
 
 
 def left_in(folder: Path) -> list[Path]:

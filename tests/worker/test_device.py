@@ -8,22 +8,36 @@ import pytest
 import torch
 
 from service.settings import Settings
-from worker.device import GpuMemory, resources
+from worker.device import GpuLostError, GpuMemory, gpu_is_full, gpu_is_lost, resources
 
 
 def test_settings_reach_the_core(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, device="cpu", memory_bytes=5, device_memory_bytes=7)
-    given = resources(settings, tmp_path / "job")
+    given = resources(settings, "cpu", tmp_path / "job")
     assert given.device == torch.device("cpu")
     assert (given.memory_bytes, given.device_bytes, given.folder) == (5, 7, tmp_path / "job")
 
 
-@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
-def test_auto_takes_a_gpu_if_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool, name: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert resources(Settings(data_dir=tmp_path), tmp_path).device.type == name
+def test_a_gpu_that_has_gone_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resources(Settings(data_dir=tmp_path), "gpu", tmp_path).device.type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GpuLostError):
+        resources(Settings(data_dir=tmp_path), "gpu", tmp_path)
+    assert resources(Settings(data_dir=tmp_path), "cpu", tmp_path).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "full"),
+    [
+        (GpuLostError(), True, False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory."), False, True),
+        (RuntimeError("shapes cannot be multiplied"), False, False),
+    ],
+)
+def test_errors_of_the_gpu_are_told_from_errors_of_the_job(error: Exception, lost: bool, full: bool) -> None:
+    assert (gpu_is_lost(error), gpu_is_full(error)) == (lost, full)
 
 
 def test_a_cpu_has_no_gpu_memory() -> None:

@@ -21,7 +21,7 @@ Sessions = sessionmaker[Session]
 def sign_in(sessions: Sessions, *names: str, ago: float = 0) -> None:
     with sessions.begin() as session:
         for name in names:
-            JobRepository(session).note_worker(name, timedelta(hours=1))
+            JobRepository(session).note_worker(name, "cpu", "2 CPU cores", timedelta(hours=1))
         session.execute(update(WorkerRecord).values(seen_at=now() - timedelta(seconds=ago)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +18,15 @@ from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository, now
 from service.logs import about, what_about
 from service.settings import Settings
-from worker.lease import JobCancelledError, JobStopError, JobTimeoutError, Lease, LeaseLostError
+from worker.lease import (
+    JobCancelledError,
+    JobMemoryError,
+    JobStopError,
+    JobTimeoutError,
+    Lease,
+    LeaseLostError,
+    own_memory,
+)
 
 pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
 
@@ -131,3 +140,22 @@ def test_unreachable_database_loses_the_lease_in_time(settings: Settings, sessio
         session.commit()
     with Lease(claim, brief, sessions) as lease, pytest.raises(JobStopError):
         work(lease)
+
+
+def test_memory_limit_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    limited = settings.model_copy(update={"job_memory_bytes": own_memory() + (64 << 20)})
+    with Lease(claimed(), limited, sessions) as lease:
+        work(lease, lambda: True)
+        held = bytearray(b"x") * (128 << 20)
+        with pytest.raises(JobMemoryError):
+            work(lease)
+        assert held
+
+
+def test_mapped_files_are_not_counted(settings: Settings) -> None:
+    before = own_memory()
+    settings.data_dir.mkdir()
+    (settings.data_dir / "big").write_bytes(bytes(64 << 20))
+    with (settings.data_dir / "big").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        assert own_memory() - before < 32 << 20

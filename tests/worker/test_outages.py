@@ -26,12 +26,13 @@ from service.settings import Settings
 from worker import presence
 from worker.lease import Lease
 from worker.presence import worker_name
+from worker.probe import Found
 
 behind_a_database = pytest.mark.parametrize("storage", ["postgresql-folder"], indirect=True)
 behind_a_store = pytest.mark.parametrize("storage", ["sqlite-s3"], indirect=True)
 
 Sessions = sessionmaker[Session]
-MakeRunner = Callable[[Settings, Callable[..., None]], Callable[[str], JobState | None]]
+MakeRunner = Callable[[Settings, Callable[..., None]], Callable[[], JobState | None]]
 
 
 @pytest.fixture
@@ -56,13 +57,13 @@ def make_runner(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRunner]:
     """Makes a runner whose work is ``work``."""
     made = []
 
-    def make(settings: Settings, work: Callable[..., None]) -> Callable[[str], JobState | None]:
+    def make(settings: Settings, work: Callable[..., None]) -> Callable[[], JobState | None]:
         assert settings.broker_url is not None
         monkeypatch.setenv("AQUANT_BROKER_URL", settings.broker_url)
         tasks = import_module("worker.tasks")
         monkeypatch.setattr(tasks, "STORE_POLL_SECONDS", 0.05)
         monkeypatch.setattr(JobQueue, "announce", lambda *_: None)  # there is no broker here
-        runner = tasks.JobRunner(settings)
+        runner = tasks.JobRunner(settings, "cpu")
         monkeypatch.setattr(runner, "_quantize", work)
         made.append(runner)
         return runner.run
@@ -129,7 +130,7 @@ def test_a_worker_signs_in_when_the_database_is_back(
     gate, settings = database
     monkeypatch.setattr(presence, "SIGN_SECONDS", 0.02)
     gate.shut()
-    sign = presence.Presence(settings)
+    sign = presence.Presence(settings, Found("cpu", "2 CPU cores"))
     sign.start()
     until(lambda: "sign of life" in caplog.text)
     gate.open()
@@ -151,10 +152,10 @@ def test_a_job_without_a_database_waits_for_the_reaper(
     job_id = queued(sessions, claimed)
     run = make_runner(settings, fail)
     gate.shut()
-    assert run(job_id) is None
+    assert run() is None
     assert shown(sessions, job_id).state == JobState.QUEUED
     gate.open()
-    assert run(job_id) is None
+    assert run() is None
     job = shown(sessions, job_id)
     assert (job.state, job.attempt) == (JobState.RUNNING, 2)
     assert job.lease_expires_at is not None
@@ -174,7 +175,7 @@ def test_a_job_waits_for_the_store_and_is_tried_again(
     back = threading.Timer(0.5, store.open)
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
-    assert make_runner(settings, read)(job_id) == JobState.QUEUED
+    assert make_runner(settings, read)() == JobState.QUEUED
     assert not back.is_alive()  # not before the store was back
     artifacts.check()
     assert shown(sessions, job_id).attempt == 2
@@ -192,7 +193,7 @@ def test_a_job_that_waits_for_the_store_can_be_cancelled(
 
     job_id = queued(sessions, claimed)
     artifacts = open_artifacts(settings.artifacts)
-    assert make_runner(settings, read)(job_id) == JobState.CANCELLED
+    assert make_runner(settings, read)() == JobState.CANCELLED
 
 
 @pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
@@ -204,7 +205,7 @@ def test_a_job_that_meets_a_full_disk_is_tried_again_then_fails_with_the_reason(
 
     job_id = queued(sessions, claimed)  # after its first attempt
     run = make_runner(settings, write)
-    assert [run(job_id) for _ in range(settings.max_attempts - 1)] == [JobState.QUEUED, JobState.FAILED]
+    assert [run() for _ in range(settings.max_attempts - 1)] == [JobState.QUEUED, JobState.FAILED]
     error = shown(sessions, job_id).error
     assert error is not None
     assert error["code"] == "disk_full"

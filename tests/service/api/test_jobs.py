@@ -48,8 +48,20 @@ def test_submitted_job_is_stored_queued_and_announced(
         "format": "onnx",
     }
     assert sorted(stored(artifacts)) == ["calibration", "evaluation", "model"]
-    assert queue.depth() == 1
+    assert queue.depth("cpu") == 1
     assert web.get(answer.headers["location"]).json() == job
+
+
+def test_a_job_may_ask_for_a_device(submit: Submit, queue: JobQueue, sessions: sessionmaker[Session]) -> None:
+    with sessions.begin() as session:
+        JobRepository(session).note_worker("a", "cpu", "", timedelta(minutes=1))
+    either, on_gpu = submit().json(), submit(device="gpu").json()
+    assert (either["device"], either["workers"]) == (None, 1)
+    assert (on_gpu["device"], on_gpu["workers"]) == ("gpu", 0)
+    assert (queue.depth("cpu"), queue.depth("gpu")) == (1, 1)
+    refused = submit(device="tpu")
+    assert (refused.status_code, refused.json()["code"]) == (400, "form_invalid")
+    assert "tpu" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +114,7 @@ def test_bad_submission_is_answered_and_leaves_nothing(
     assert stored(artifacts) == []
     assert list((settings.data_dir / "artifacts/jobs").glob("*")) == []
     assert web.get("/jobs").json() == {"jobs": [], "next": None}
-    assert queue.depth() == 0
+    assert queue.depth("cpu") == 0
 
 
 def test_methods_to_compare_and_a_protocol_are_kept(submit: Submit, web: Client) -> None:

@@ -64,10 +64,10 @@ def test_an_idle_service(web: Client) -> None:
     found = scrape(web)
     assert {state: found[key("aquant_jobs", state=state)] for state in JobState} == dict.fromkeys(JobState, 0)
     assert found[key("aquant_queue_oldest_job_age_seconds")] == 0
-    assert found[key("aquant_workers_alive")] == 0
+    assert found[key("aquant_workers_alive", device="cpu")] == 0
     assert found[key("aquant_job_retries_total")] == 0
     assert (found[key("aquant_database_up")], found[key("aquant_broker_up")]) == (1, 1)
-    assert found[key("aquant_broker_messages")] == 0
+    assert found[key("aquant_broker_messages", device="cpu")] == 0
     names = {name for name, _ in found}
     assert not {name for name in names if name.startswith(("aquant_lease", "aquant_gpu", "aquant_block"))}
 
@@ -81,16 +81,17 @@ def test_jobs_workers_and_leases_are_those_of_the_rows(web: Client, submit: Subm
     done = start(sessions, ended)
     with sessions.begin() as session:
         JobRepository(session).finish(done, JobState.SUCCEEDED, "save")
-        JobRepository(session).note_worker("host:1", MINUTE)
-        JobRepository(session).note_worker("host:2", MINUTE)
+        JobRepository(session).note_worker("host:1", "cpu", "2 CPU cores", MINUTE)
+        JobRepository(session).note_worker("host:2", "cpu", "2 CPU cores", MINUTE)
         session.execute(text("UPDATE workers SET seen_at = '2026-01-01 00:00:00' WHERE name = 'host:2'"))
     found = scrape(web)
     counts = {state: found[key("aquant_jobs", state=state)] for state in JobState}
     assert counts == {"queued": 2, "running": 1, "cancelling": 1, "succeeded": 1, "failed": 0, "cancelled": 0}
     assert 500 <= found[key("aquant_queue_oldest_job_age_seconds")] < 530
     assert -70 < found[key("aquant_lease_remaining_seconds")] <= -40
-    assert found[key("aquant_workers_alive")] == 1
-    assert found[key("aquant_broker_messages")] == 5
+    assert found[key("aquant_workers_alive", device="cpu")] == 1
+    assert found[key("aquant_broker_messages", device="cpu")] == 5
+    assert found[key("aquant_broker_messages", device="gpu")] == 0
     assert waiting
 
 
@@ -204,12 +205,12 @@ def test_what_does_not_answer_is_told_and_the_rest_stays(serve: Serve, settings:
     with serve(create_app(away)) as web:
         found = scrape(web)
         assert (found[key("aquant_broker_up")], found[key("aquant_database_up")]) == (0, 1)
-        assert key("aquant_broker_messages") not in found
+        assert key("aquant_broker_messages", device="cpu") not in found
         with sessions.begin() as session:
             session.execute(text("ALTER TABLE jobs RENAME TO hidden"))
         found = scrape(web)
     assert found[key("aquant_database_up")] == 0
-    assert key("aquant_workers_alive") not in found
+    assert key("aquant_workers_alive", device="cpu") not in found
     assert key(REQUESTS, method="GET", route="/metrics", status="200") in found
 
 

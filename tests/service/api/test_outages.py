@@ -89,7 +89,7 @@ def test_database_goes_and_comes_back(
     assert web.get(job).json()["state"] == "queued"
     assert web.get("/health/ready").status_code == 200
     assert len(open_artifacts(outages.settings.artifacts).keys("")) == 2  # nothing of what was not taken in
-    assert queue.depth() == 1
+    assert queue.depth("cpu") == 1
     said = [record for record in caplog.records if record.name == "service.jobs.reaper"]
     assert {record.levelno for record in said} == {logging.WARNING}
     assert "the reaper waits for the database" in said[0].getMessage()

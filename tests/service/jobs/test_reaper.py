@@ -44,7 +44,7 @@ def test_job_of_a_silent_worker_goes_back_to_the_queue_then_fails(
         with sessions.begin() as session:
             assert JobRepository(session).claim(job_id, "dead", timedelta(seconds=-1)) is not None
         reaper.round()
-        assert queue.depth() == min(attempt, 2)
+        assert queue.depth("cpu") == min(attempt, 2)
     with sessions() as session:
         job = JobRepository(session).get(job_id)
         assert job.state == JobState.FAILED
@@ -59,12 +59,17 @@ def test_unannounced_job_is_announced_once(
 ) -> None:
     job_id = add_job()
     reaper.round()
-    assert queue.depth() == 0  # its submitter may be about to announce it
+    assert queue.depth("cpu") == 0  # its submitter may be about to announce it
     with sessions.begin() as session:
         JobRepository(session).get(job_id).created_at = now() - timedelta(seconds=settings.renudge_seconds + 1)
     reaper.round()
+    assert queue.depth("cpu") == 0  # nobody would hear of it
+    with sessions.begin() as session:
+        JobRepository(session).note_worker("a", "cpu", "", timedelta(minutes=1))
+        JobRepository(session).note_worker("b", "cpu", "", timedelta(minutes=1))
     reaper.round()
-    assert queue.depth() == 1
+    reaper.round()
+    assert (queue.depth("cpu"), queue.depth("gpu")) == (1, 0)
 
 
 def test_files_without_a_job_are_swept_when_old(
@@ -117,7 +122,7 @@ def test_jobs_are_deleted_once_they_have_been_kept_long_enough(
 def test_absent_broker_is_named(settings: Settings) -> None:
     queue = JobQueue(settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"}))
     with pytest.raises(QueueDownError, match="cannot be reached"):
-        queue.announce("x")
+        queue.announce("x", ["cpu"])
     with pytest.raises(QueueDownError, match="cannot be reached"):
-        queue.depth()
+        queue.depth("cpu")
     queue.close()

@@ -234,10 +234,10 @@ def test_of_very_many_ids_the_jobs_are_found(sessions: Sessions, add_job: AddJob
 def test_a_workers_signs_of_life(sessions: Sessions) -> None:
     for name in ("a", "b", "a"):
         with sessions.begin() as session:
-            JobRepository(session).note_worker(name, MINUTE)
+            JobRepository(session).note_worker(name, "cpu", "2 CPU cores", MINUTE)
     with sessions.begin() as session:
         session.execute(update(WorkerRecord).where(WorkerRecord.name == "b").values(seen_at=now() - 2 * MINUTE))
-        JobRepository(session).note_worker("a", MINUTE)
+        JobRepository(session).note_worker("a", "cpu", "2 CPU cores", MINUTE)
     with sessions() as session:
         assert [worker.name for worker in JobRepository(session).workers()] == ["a"]
 
