@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import stat
@@ -70,7 +71,7 @@ def read_archive(path: Path, kind: Archive, preprocess: Preprocess) -> tuple[Ten
         ImageSetError: an entry that is no such file, or has no business in an archive of images; too many, too large.
         zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, zlib.error: the archive is damaged.
     """
-    prepare = _preparation(preprocess)
+    prepare = _Preparation(preprocess)
     by_folder: dict[str, list[tuple[str, Tensor]]] = {}
     with path.open("rb") as file:
         for name, data in (_zip_entries if kind == "zip" else _tar_entries)(file, path.stat().st_size, kind):
@@ -103,27 +104,32 @@ def read_archive(path: Path, kind: Archive, preprocess: Preprocess) -> tuple[Ten
     return images, labels
 
 
-def _preparation(preprocess: Preprocess) -> Callable[[str, bytes], Tensor]:
+class _Preparation:
     """From an image file's bytes to uint8 (C, H, W)."""
-    transforms = import_torchvision().transforms
-    interpolation = transforms.InterpolationMode(preprocess.interpolation)
-    resize = transforms.Resize(preprocess.size, interpolation)
-    crop = None if preprocess.crop is None else transforms.CenterCrop(preprocess.crop)
-    mode = "L" if len(preprocess.mean) == 1 else "RGB"
 
-    def prepare(name: str, data: bytes) -> Tensor:
+    def __init__(self, preprocess: Preprocess) -> None:
+        self._preprocess = preprocess
+
+    @functools.cached_property
+    def _steps(self) -> Callable[[Image.Image], Tensor]:
+        transforms = import_torchvision().transforms  # takes a second or two: not before there is an image to prepare
+        interpolation = transforms.InterpolationMode(self._preprocess.interpolation)
+        steps = [transforms.Resize(self._preprocess.size, interpolation)]
+        if self._preprocess.crop is not None:
+            steps.append(transforms.CenterCrop(self._preprocess.crop))
+        prepared: Callable[[Image.Image], Tensor] = transforms.Compose([*steps, transforms.PILToTensor()])
+        return prepared
+
+    def __call__(self, name: str, data: bytes) -> Tensor:
         with _decoded(name, data) as image:
             width, height = image.size
             _check_pixels(name, "has", width, height)
-            _check_pixels(name, "would be resized to", *_resized(preprocess.size, width, height))
+            _check_pixels(name, "would be resized to", *_resized(self._preprocess.size, width, height))
             try:
-                small = resize(image.convert(mode))
+                converted = image.convert("L" if len(self._preprocess.mean) == 1 else "RGB")
             except (OSError, ValueError, SyntaxError, EOFError) as error:
                 raise ImageSetError(f"Image {name} is damaged: {error}.", "Write it again.") from error
-        tensor: Tensor = transforms.functional.pil_to_tensor(small if crop is None else crop(small))
-        return tensor
-
-    return prepare
+        return self._steps(converted)
 
 
 def _decoded(name: str, data: bytes) -> Image.Image:

@@ -90,7 +90,7 @@ def check_images(file: BinaryIO, size: int, what: str, max_bytes: int, preproces
     elif looks_like_safetensors(head):
         kind, arrays = "safetensors", _safetensors_arrays(file, size, what)
     else:
-        raise ImagesInvalidError(f"The {what} file is neither .npz, .npy nor safetensors.", FORMATS)
+        raise ImagesInvalidError(f"The {what} file is neither .npz, .npy, safetensors, zip nor tar.", FORMATS)
     _check_arrays(arrays, what, max_bytes)
     return kind
 
