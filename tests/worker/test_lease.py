@@ -159,3 +159,17 @@ def test_mapped_files_are_not_counted(settings: Settings) -> None:
     with (settings.data_dir / "big").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert sum(mapped[::4096]) == 0
         assert own_memory() - before < 32 << 20
+
+
+def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    slow = settings.model_copy(update={"heartbeat_seconds": 3600})
+    with Lease(claimed(), slow, sessions) as lease:
+        lease.report(Progress("forecast", forecast=FORECAST))
+        lease.write()
+        with sessions() as session:
+            job = JobRepository(session).get("job")
+        assert (job.stage, (job.progress or {})["forecast"]) == ("forecast", FORECAST)
+        with sessions.begin() as session:
+            JobRepository(session).cancel("job")
+        with pytest.raises(JobCancelledError):
+            lease.write()
