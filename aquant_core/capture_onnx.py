@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,31 @@ def _read(path: str | Path) -> onnx.ModelProto:
         raise ModelFormatError(f"The file is not ONNX, or is cut off: {error}.", _REMEDY) from error
     if not model.graph.node or not model.opset_import:
         raise ModelFormatError("The file holds no ONNX graph.", _REMEDY)
-    tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
-    external = [t.name for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL]
-    if external:
-        raise ModelFormatError(f"Weight {external[0]!r} is kept outside the file (external data).", _REMEDY)
     if len(model.graph.node) > _MAX_NODES:
         raise ModelFormatError(f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY)
+    nodes = [node for function in model.functions for node in function.node]
+    for tensor in (*_tensors_of(model.graph), *_tensors_of_nodes(nodes)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ModelFormatError(f"Weight {tensor.name!r} is kept outside the file (external data).", _REMEDY)
     return model
+
+
+def _tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that is written down in a graph, and in those within it."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _tensors_of(graph)
 
 
 def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:

@@ -39,6 +39,7 @@ from hostile_files import (
     npy_of_objects,
     npz,
     outside,
+    outside_in_a_branch,
     outside_in_a_constant,
     overlapping,
     pickled,
@@ -182,6 +183,7 @@ def _networks() -> Iterator[Hostile]:
     yield fails("a network with wrong bits", flipped(sound, 0.05, 0.12))
     yield fails("weights in a file of the machine", changed(outside))
     yield fails("a constant in a file of the machine", changed(outside_in_a_constant), alike=True)
+    yield fails("weights of a branch in a file of the machine", changed(outside_in_a_branch), alike=True)
     yield fails("a cycle", changed(cyclic))
     yield fails("10,000 nodes", many_nodes(10_000))
     yield fails("NaN in the weights", changed(first_values(float("nan"))), "values_not_finite")

@@ -240,6 +240,13 @@ def outside_in_a_constant(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, helper.make_node("Constant", [], [weight.name], value=weight))
 
 
+def outside_in_a_branch(model: onnx.ModelProto) -> None:
+    outside(model)
+    inner = helper.make_graph([], "inner", [], [], [model.graph.initializer[0]])
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "conv.weight"))
+    model.graph.node.add(op_type="If", output=["z"]).attribute.append(helper.make_attribute("then_branch", inner))
+
+
 def cyclic(model: onnx.ModelProto) -> None:
     model.graph.node[0].input[0] = model.graph.node[-2].output[0]
 
