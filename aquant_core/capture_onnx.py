@@ -16,11 +16,12 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from aquant_core.errors import CaptureMismatchError, ModelFormatError, UnsupportedOperatorError
+from aquant_core.errors import CaptureMismatchError, ModelFormatError, NonFiniteError, UnsupportedOperatorError
 from aquant_core.graph import INPUT, CapturedModel
 from aquant_core.graph_builder import GraphBuilder, unsupported
 
 _MAX_NODES = 5_000
+_MAX_BATCH = 4_096
 _RUNTIME_IR_VERSION = 10
 _UNARY = {
     "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish", "Identity": "",
@@ -104,7 +105,9 @@ def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
     only: onnx.ValueInfoProto = inputs[0]
     kind = only.type.tensor_type.elem_type
     if kind != onnx.TensorProto.FLOAT:
-        name = onnx.TensorProto.DataType.Name(kind).lower()
+        name = next(
+            (name for name, known in onnx.TensorProto.DataType.items() if known == kind), f"type {kind}"
+        ).lower()
         raise ModelFormatError(f"Input {only.name!r} is {name}.", "float32 is needed: export the float32 model.")
     return only
 
@@ -122,7 +125,10 @@ def _shape_of_input(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
 def _fixed_batch(model: onnx.ModelProto) -> int:
     """The batch size that the network was exported for; 0 where it is free or the input has no shape."""
     dims = _only_input(model).type.tensor_type.shape.dim
-    return int(dims[0].dim_value) if dims else 0
+    batch = int(dims[0].dim_value) if dims else 0
+    if not 0 <= batch <= _MAX_BATCH:
+        raise ModelFormatError(f"The network is for batches of {batch} images; up to {_MAX_BATCH} are run.", _REMEDY)
+    return batch
 
 
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
@@ -146,11 +152,14 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
         (expected,) = session.run(None, {source.name: images.numpy()})
     except Exception as error:  # onnxruntime's errors share no base class
         raise ModelFormatError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY) from error
+    if not np.isfinite(expected).all():
+        raise NonFiniteError("The float network gives NaN or infinity.", "Check its weights and the images' scaling.")
     actual = captured(images).numpy()
     scale = float(np.abs(expected).max()) or 1.0
-    difference = (
-        float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
-    )
+    with np.errstate(over="ignore"):
+        difference = (
+            float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
+        )
     if not difference <= 1e-3 * scale:
         raise CaptureMismatchError(
             f"The captured graph differs from the ONNX model by {difference:.3g} (of up to {scale:.3g}).",
@@ -204,7 +213,8 @@ class _Conversion:
         inputs = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()]  # fmt: skip # noqa: E501
         outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
         graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
-        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
+        with np.errstate(all="ignore"):  # what is not finite is refused where it becomes a weight
+            results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
         self.static.update({name: np.asarray(value) for name, value in zip(node.output, results, strict=True)})
 
     def _example_of(self, name: str) -> Tensor:

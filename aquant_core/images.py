@@ -165,7 +165,10 @@ def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
             if isinstance(loaded, np.ndarray):
                 return {"images": loaded}
             with loaded:
-                return {name: loaded[name] for name in loaded.files}
+                arrays = {name: loaded[name] for name in loaded.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds something other than arrays")  # of which numpy gives the bytes
+            return arrays
     except _UNREADABLE as error:
         raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 

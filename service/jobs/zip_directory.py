@@ -32,6 +32,8 @@ def open_zip(file: BinaryIO, size: int) -> zipfile.ZipFile:
         raise zipfile.BadZipFile(f"its directory takes {length} bytes; {MAX_DIRECTORY_BYTES} are read")
     archive = zipfile.ZipFile(file)
     for entry in archive.infolist():
+        if not entry.filename:
+            raise zipfile.BadZipFile("an entry has no name")
         if entry.flag_bits & 1:
             raise zipfile.BadZipFile("it is encrypted")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
