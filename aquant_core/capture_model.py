@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aquant_core.architectures import build_from_state_dict
-from aquant_core.capture_onnx import capture_onnx, onnx_input_shape
+from aquant_core.capture_onnx import capture_onnx
 from aquant_core.capture_torch import capture_module
 from aquant_core.errors import CaptureMismatchError, ModelFormatError, NonFiniteError
 from aquant_core.graph import CapturedModel
 from aquant_core.images import check_image_shape
+from aquant_core.onnx_file import onnx_input_shape
 
 _DEFAULT_SIZE = 224
 _FLOAT32 = "float32 weights are needed: call model.float() first."
