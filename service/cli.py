@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.administration import keys, owners
 from service.jobs.states import Device
 
 if TYPE_CHECKING:
@@ -29,31 +30,43 @@ app = typer.Typer(
 
 Url = Annotated[str, typer.Option("--url", envvar="AQUANT_URL", help="Address of the service.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar="AQUANT_API_KEY", help="API key; the variable keeps it out of the list of processes."),
+]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
+
+
+app.add_typer(keys)
+app.add_typer(owners)
 
 
 @app.command()
 def up(
+    host: Annotated[
+        str | None, typer.Option(help="Address of the API (default 127.0.0.1); any other needs API keys.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
-    """Start broker, API and worker on this machine; Ctrl-C stops all three."""
-    from service.local import MissingExtraError, StackError, local_stack
+    """Start broker, API and workers on this machine; Ctrl-C stops them all."""
+    from service.local import MissingExtraError, OpenToStrangersError, StackError, local_stack
     from service.settings import Settings
 
-    given = {"port": port, "data_dir": data_dir}
+    given = {"host": host, "port": port, "data_dir": data_dir, "workers": workers}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
         signal.signal(end, _interrupt)
     try:
         with local_stack(
-            settings, lambda part: typer.echo(f"{part.name:<7} {part.address}  (log: {part.log})")
+            settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
         ) as stack:
-            typer.echo(f"ready   {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
+            typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
             stack.watch()
     except KeyboardInterrupt:
         typer.echo("stopped")
-    except (MissingExtraError, StackError) as error:
+    except (MissingExtraError, OpenToStrangersError, StackError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 
@@ -77,6 +90,7 @@ def submit(
     device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
+    key: Key = None,
 ) -> None:
     """Send a model to be quantized; prints the job's id."""
     options = {
@@ -87,7 +101,7 @@ def submit(
         "architecture": architecture,
         "seed": seed,
     }
-    with _client(url) as client:
+    with _client(url, key) as client:
         job = client.submit(model, calibration, _configuration(config, options), evaluation, device)
         typer.echo(job.id)
         if watch:
@@ -95,25 +109,27 @@ def submit(
 
 
 @app.command("watch")
-def watch_job(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def watch_job(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Follow a job to its end."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         _follow(client, job_id)
 
 
 @app.command()
-def show(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def show(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Print a job's document."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         typer.echo(client.get(job_id).model_dump_json(indent=2))
 
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20, url: Url = DEFAULT_URL
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
 ) -> None:
     """List the newest jobs."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         for job in client.list(limit=limit).jobs:
             config = job.config
             bits = f"W{config.weight_bits}A{config.activation_bits}"
@@ -121,9 +137,9 @@ def list_jobs(
 
 
 @app.command()
-def report(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def report(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Print the report of a job that succeeded, as JSON."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         typer.echo(json.dumps(client.report(job_id), indent=2))
 
 
@@ -134,9 +150,10 @@ def download(
         "quantized.safetensors"
     ),
     url: Url = DEFAULT_URL,
+    key: Key = None,
 ) -> None:
     """Fetch the checkpoint of a job that succeeded."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         try:
             typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
         except OSError as error:
@@ -144,9 +161,9 @@ def download(
 
 
 @app.command()
-def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def cancel(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Stop a job."""
-    with _client(url) as client:
+    with _client(url, key) as client:
         typer.echo(client.cancel(job_id).state)
 
 
@@ -154,7 +171,7 @@ def main() -> None:
     """Run the command line; errors meant for the user are printed without a traceback."""
     from pydantic import ValidationError
 
-    from service.client import DigestMismatchError, ServiceProblemError, ServiceUnreachableError
+    from service.client import DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError
 
     for entry in entry_points(group=COMMAND_GROUP):
         try:
@@ -163,7 +180,7 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
-    except (DigestMismatchError, ServiceProblemError, ServiceUnreachableError) as error:
+    except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:
         typer.echo(str(error), err=True)
         sys.exit(1)
     except ValidationError as error:
@@ -187,10 +204,10 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _client(url: str) -> Client:
+def _client(url: str, key: str | None) -> Client:
     from service.client import Client
 
-    return Client(url)
+    return Client(url, key=key)
 
 
 def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,10 @@ from service.jobs.schemas import Health, JobDocument, JobPage, Problem
 from service.jobs.states import Device, JobState
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "AQUANT_API_KEY"
 WAIT_SECONDS = 15
+PATIENCE_SECONDS = 60
+"""How long a GET waits in all where the service says that there were too many requests."""
 
 
 class ServiceProblemError(Exception):
@@ -32,17 +36,32 @@ class ServiceUnreachableError(Exception):
     """Nothing answers at the service's address, or not as the service would."""
 
 
+class KeyMalformedError(ValueError):
+    """The API key given is none."""
+
+
 class DigestMismatchError(Exception):
     """What arrived is not what the service says it sent."""
 
 
 class Client:
-    """The service at ``url``."""
+    """The service at ``url``, with an API key where it asks for one: ``key``, or AQUANT_API_KEY."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, timeout: float = 60.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        key: str | None = None,
+        timeout: float = 60.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+        key = (key or os.environ.get(KEY_VARIABLE, "")).strip()
+        if not all("!" <= character <= "~" for character in key):  # httpx would tell it whole
+            raise KeyMalformedError(
+                f"The API key (--key, or {KEY_VARIABLE}) has characters that no key has. Copy it anew."
+            )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -161,11 +180,17 @@ class Client:
         return Health.model_validate_json(self._send("GET", "/health/ready").content)
 
     def _send(self, method: str, url: str, **options: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, url, **options)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        return _checked(response)
+        patience = PATIENCE_SECONDS if method == "GET" else 0
+        while True:
+            try:
+                response = self._http.request(method, url, **options)
+            except httpx.TransportError as error:
+                raise self._unreachable(error) from error
+            pause = _pause(response)
+            if pause is None or pause > patience:
+                return _checked(response)
+            time.sleep(pause)
+            patience -= pause
 
     @contextlib.contextmanager
     def _stream(self, url: str) -> Iterator[httpx.Response]:
@@ -182,6 +207,12 @@ class Client:
             f"The service at {self._http.base_url} does not answer ({type(error).__name__}: {error}). "
             "Start it with `aquant up`, or name another with --url or AQUANT_URL."
         )
+
+
+def _pause(response: httpx.Response) -> int | None:
+    """Seconds after which a request that was one too many may be sent again."""
+    after = response.headers.get("retry-after", "")
+    return max(1, int(after)) if response.status_code == httpx.codes.TOO_MANY_REQUESTS and after.isdecimal() else None
 
 
 def _checked(response: httpx.Response) -> httpx.Response:

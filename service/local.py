@@ -1,4 +1,4 @@
-"""The embedded stack: broker, API and worker as child processes of one, on one machine, stopped together."""
+"""The embedded stack: broker, API and workers as child processes of one, on one machine, stopped together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
+from service.addresses import is_loopback
+from service.local_workers import TooFewGpusError, environments
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 READY_SECONDS = 90.0
 STOP_SECONDS = 10.0
@@ -32,6 +38,10 @@ class StackError(Exception):
 
 class MissingExtraError(Exception):
     """Part of what the embedded stack needs is not installed."""
+
+
+class OpenToStrangersError(Exception):
+    """The API would listen beyond this machine, and there are no keys."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
 
     Raises:
         MissingExtraError: the server's or the worker's dependencies are not installed.
+        OpenToStrangersError: the address is not this machine's alone, there are no API keys, and nobody said that
+            this is as it should be.
         StackError: a part did not come up.
     """
     require_extras()
@@ -95,6 +107,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         require(settings)
     except TelemetryMissingError as error:
         raise MissingExtraError(str(error)) from error
+    _require_keys(settings)
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -116,11 +129,23 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
             broker = start("broker", broker_command(port, data_dir / "broker"), broker_url, os.environ)
             _wait_until(lambda: _answers_ping(port), broker)
         port = settings.port or free_port(settings.host)
-        url = f"http://{settings.host}:{port}"
+        url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
         environment = environment_of(settings, broker_url, port)
-        worker = start("worker", worker_command(f"aquant-{os.getpid()}"), f"data in {data_dir}", environment)
+        try:
+            of_workers = environments(settings, environment)
+        except TooFewGpusError as error:
+            raise StackError(str(error)) from error
+        workers = [
+            start(
+                "worker" if len(of_workers) == 1 else f"worker-{number}",
+                worker_command(f"aquant-{os.getpid()}-{number}"),
+                f"data in {data_dir}",
+                of_worker,
+            )
+            for number, of_worker in enumerate(of_workers, 1)
+        ]
         api = start("api", api_command(settings.host, port), url, environment)
-        _wait_until(lambda: _is_ready(url, worker.process.pid), api, worker)
+        _wait_until(lambda: _is_ready(url, settings, {worker.process.pid for worker in workers}), api, *workers)
         yield Stack(url, data_dir, tuple(components))
 
 
@@ -154,9 +179,42 @@ def require_extras() -> None:
             )
 
 
+def _require_keys(settings: Settings) -> None:
+    if settings.open or is_loopback(settings.host):
+        return
+    from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
+    from service.jobs.keys import KeyRepository
+
+    try:
+        migrate(settings)
+    except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
+        raise StackError(str(error)) from error
+    with _session(settings) as session:
+        if KeyRepository(session).any():
+            return
+    raise OpenToStrangersError(
+        f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
+        "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
+    )
+
+
+@contextmanager
+def _session(settings: Settings) -> Iterator[Session]:
+    from sqlalchemy.orm import Session
+
+    from service.jobs.database import open_database
+
+    engine = open_database(settings)
+    try:
+        with Session(engine) as session:
+            yield session
+    finally:
+        engine.dispose()
+
+
 def free_port(host: str) -> int:
     """A port that nothing listens on now."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.bind((host, 0))
         port: int = listener.getsockname()[1]
         return port
@@ -267,12 +325,15 @@ def _answers_ping(port: int) -> bool:
         return False
 
 
-def _is_ready(url: str, worker_pid: int) -> bool:
-    """The API is up, its database and broker answer, and this very worker has signed in."""
+def _is_ready(url: str, settings: Settings, worker_pids: set[int]) -> bool:
+    """The API is up, its database and broker answer, and these very workers have signed in."""
     try:
-        response = httpx.get(f"{url}/health/ready", timeout=5)
+        if not httpx.get(f"{url}/health/ready", timeout=5).is_success:
+            return False
     except httpx.TransportError:
         return False
-    return response.is_success and any(
-        worker["alive"] and worker["name"].endswith(f":{worker_pid}") for worker in response.json()["workers"]
-    )
+    from service.jobs.repository import JobRepository, now
+
+    with _session(settings) as session:  # the API tells names only to who has a key
+        workers = JobRepository(session).workers()
+    return worker_pids <= {int(worker.name.rpartition(":")[2]) for worker in workers if worker.alive(now())}

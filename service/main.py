@@ -12,6 +12,7 @@ from sqlalchemy.orm import sessionmaker
 
 from service.api import health, jobs, metrics, problems, results
 from service.api.deps import Parts
+from service.api.rates import Rates
 from service.api.requests import EveryRequest
 from service.artifacts import open_artifacts
 from service.jobs.database import migrate, open_database
@@ -38,8 +39,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine = open_database(settings)
         sessions = sessionmaker(engine, expire_on_commit=False)
         queue = JobQueue(settings)
+        rates = Rates(settings)
         submitter = Submitter(settings, sessions, queue, artifacts)
-        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry)
+        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry, rates)
         collector = metrics.ServiceCollector(sessions, queue)
         registry.register(collector)
         reaper = Reaper(settings, sessions, queue, artifacts)
@@ -49,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             await run_in_threadpool(reaper.stop)
             registry.unregister(collector)
+            rates.close()
             queue.close()
             engine.dispose()
             await run_in_threadpool(shut_down, tracing)

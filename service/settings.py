@@ -42,7 +42,33 @@ class Settings(BaseSettings):
     queue_name: Annotated[str, Field(description="The broker's queues are called NAME.gpu and NAME.cpu.")] = "aquant"
 
     host: Annotated[str, Field(description="Address that `aquant up` listens on.")] = "127.0.0.1"
+    workers: Annotated[
+        int | None, Field(ge=1, le=64, description="Workers that `aquant up` starts; else one for each GPU, or one.")
+    ] = None
     port: Annotated[int, Field(ge=0, le=65535, description="Port of the API; 0 takes a free one.")] = 8000
+
+    open: Annotated[
+        bool, Field(description="While there are no API keys, serve requests from beyond this machine, too.")
+    ] = False
+    published_on: Annotated[
+        str | None,
+        Field(description="Address that a container's port is published on; if loopback, nobody comes from elsewhere."),
+    ] = None
+    hosts: Annotated[
+        str,
+        Field(description="Names, separated by commas, that the API may be called by without a key; localhost always."),
+    ] = ""
+    reads_per_minute: Annotated[
+        int, Field(ge=0, description="GET and HEAD requests an owner, or an address without keys, may make; 0: any.")
+    ] = 12_000
+    writes_per_minute: Annotated[int, Field(ge=0, description="The same of all other requests.")] = 1_200
+    max_jobs_queued: Annotated[int, Field(ge=0, description="Jobs that one owner may have waiting.")] = 1_000
+    max_jobs_running: Annotated[
+        int | None, Field(ge=1, description="Jobs of one owner that run at a time; else as many as there are workers.")
+    ] = None
+    max_stored_bytes: Annotated[
+        int, Field(ge=0, description="Bytes that one owner's files, uploads and results, may take.")
+    ] = 100 * GIB
 
     log_format: Annotated[
         Literal["text", "json"], Field(description="Log lines for people, or for machines: one JSON object each.")

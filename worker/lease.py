@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,10 @@ from service.jobs.states import JobState
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+STOP_SECONDS = 8.0
+"""Work that is to stop looks for it at every step; what has not by then is in a step too long to wait for."""
 
 
 class JobStopError(Exception):
@@ -48,10 +53,23 @@ class Lease:
 
     The working thread calls :meth:`report`, which is cheap: it leaves its progress for the next renewal and
     raises if the job has to stop.
+
+    Args:
+        claim: the hold on the job.
+        settings: how long a lease lasts and how often it is renewed; a job's limits.
+        sessions: of the database.
+        on_overdue: called once, from the lease's thread, when the work was to stop and has not for a while.
     """
 
-    def __init__(self, claim: Claim, settings: Settings, sessions: sessionmaker[Session]) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        settings: Settings,
+        sessions: sessionmaker[Session],
+        on_overdue: Callable[[Lease, JobStopError], None],
+    ) -> None:
         self.claim = claim
+        self._on_overdue = on_overdue
         self._sessions = sessions
         self._length = timedelta(seconds=settings.lease_seconds)
         self._every = settings.heartbeat_seconds
@@ -114,16 +132,23 @@ class Lease:
         return False
 
     def _run(self) -> None:
+        stopping_since: float | None = None
         while not self._done.wait(self._every):
             if self._memory_bytes is not None and self._stop is None and own_memory() > self._memory_bytes:
                 self._stop = JobMemoryError()
-            try:
-                self._renew()
-            except SQLAlchemyError as error:
-                log.warning("job %s: the lease could not be renewed: %s", self.claim.job_id, error)
-                if time.monotonic() - self._renewed > self._length.total_seconds():
-                    self._stop = LeaseLostError()
-            if isinstance(self._stop, LeaseLostError):
+            if not isinstance(self._stop, LeaseLostError):
+                try:
+                    self._renew()
+                except SQLAlchemyError as error:
+                    log.warning("job %s: the lease could not be renewed: %s", self.claim.job_id, error)
+                    if time.monotonic() - self._renewed > self._length.total_seconds():
+                        self._stop = LeaseLostError()
+            if not self.stopping:
+                continue
+            stopping_since = stopping_since or time.monotonic()
+            if self._stop is not None and time.monotonic() - stopping_since > STOP_SECONDS:
+                log.warning("job %s did not stop within %.0f seconds", self.claim.job_id, STOP_SECONDS)
+                self._on_overdue(self, self._stop)
                 return
 
     def _renew(self) -> None:

@@ -33,7 +33,8 @@ from service.tracing import context_of, send, tracer_provider
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
-from worker.lease import JobCancelledError, JobMemoryError, JobTimeoutError, Lease, LeaseLostError
+from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpected
+from worker.lease import JobStopError, Lease, LeaseLostError
 from worker.presence import worker_name
 from worker.reporting import publish, publish_plan
 from worker.steps import Steps
@@ -43,24 +44,6 @@ log = logging.getLogger(__name__)
 
 STORE_POLL_SECONDS = 5.0
 """How often a worker asks whether the artifact store is back."""
-
-STORE_LOST = Problem.of_job(
-    "artifacts_unavailable",
-    "The store of the service's files did not answer, each time the job was tried.",
-    "Submit it again once the service is well; its operator finds the reason in the worker's log.",
-)
-
-GPU_LOST = Problem.of_job(
-    "gpu_lost",
-    "The GPU broke down while it ran this job, each time it was tried.",
-    "Submit it again; the service's operator finds the GPU's error in the worker's log.",
-)
-GPU_FULL = Problem.of_job(
-    "gpu_memory_exceeded",
-    "The GPU's memory does not do for this job.",
-    "Submit it with `device` cpu, or have the operator lower AQUANT_DEVICE_MEMORY_BYTES, from which on block inputs "
-    "stay in the machine's memory.",
-)
 
 
 class JobRunner:
@@ -112,13 +95,13 @@ class JobRunner:
         owner = f"{worker_name()}:{secrets.token_hex(4)}"
         lease = timedelta(seconds=self._settings.lease_seconds)
         with self._sessions.begin() as session:
-            return JobRepository(session).claim_next(owner, lease, self._device)
+            return JobRepository(session).claim_next(owner, lease, self._device, self._settings.max_jobs_running)
 
     def _run(self, job: JobRecord, claim: Claim) -> JobState | None:
         log.info("job %s: attempt %d begins", job.id, claim.attempt)
         with (
             workplace(self._settings.work_dir, job.id, claim.attempt) as folder,
-            Lease(claim, self._settings, self._sessions) as lease,
+            Lease(claim, self._settings, self._sessions, self._end_process) as lease,
             Steps(self._tracer, self._count_block) as steps,
         ):
             state = self._attempt(job, claim, lease, steps, folder)
@@ -136,23 +119,8 @@ class JobRunner:
                 log.warning("job %s: %s", job.id, error)
                 self._wait_for_artifacts(lease)
                 return self._give_back(claim, STORE_LOST)
-        except LeaseLostError:
-            return None
-        except JobCancelledError:
-            return self._finish(lease, JobState.CANCELLED, None)
-        except JobTimeoutError:
-            problem = Problem.of_job(
-                "time_limit_exceeded",
-                f"The job ran for more than the {self._settings.job_seconds:.0f} seconds it is given.",
-                "Choose a smaller preset or fewer iterations, or have the operator raise AQUANT_JOB_SECONDS.",
-            )
-        except JobMemoryError:
-            problem = Problem.of_job(
-                "memory_limit_exceeded",
-                f"The job took more than the {self._settings.job_memory_bytes} bytes of memory it is given.",
-                "Send fewer images or a smaller network, or have the operator raise AQUANT_JOB_MEMORY_BYTES or lower "
-                "AQUANT_MEMORY_BYTES, from which on block inputs go to disk.",
-            )
+        except JobStopError as stop:
+            return self._stop(lease, stop)
         except IntakeLostError as error:
             return self._give_back(claim, error.problem)
         except IntakeFailedError as error:
@@ -174,11 +142,7 @@ class JobRunner:
             if gpu_is_full(error):
                 return self._finish(lease, JobState.FAILED, GPU_FULL)
             log.exception("job %s failed", job.id)
-            problem = Problem.of_job(
-                "internal_error",
-                f"The worker met an error it did not expect ({type(error).__name__}) in job {job.id}.",
-                "Report it with the job's id: the worker's log has the details.",
-            )
+            problem = unexpected(error, job.id)
         return self._finish(lease, JobState.FAILED, problem)
 
     def _quantize(self, job: JobRecord, claim: Claim, lease: Lease, steps: Steps, folder: Path) -> JobState | None:
@@ -227,6 +191,23 @@ class JobRunner:
                 return self._artifacts.check()
             except ArtifactsDownError:
                 time.sleep(STORE_POLL_SECONDS)
+
+    def _stop(self, lease: Lease, stop: JobStopError) -> JobState | None:
+        """End a job that was cancelled or went over a limit; one whose claim is lost is another's to end."""
+        if isinstance(stop, LeaseLostError):
+            return None
+        problem = problem_of(stop, self._settings)
+        return self._finish(lease, JobState.CANCELLED if problem is None else JobState.FAILED, problem)
+
+    def _end_process(self, lease: Lease, stop: JobStopError) -> None:
+        """As :meth:`_stop`, for work that does not stop when told to: what it holds, a GPU perhaps, is wanted."""
+        try:
+            if self._stop(lease, stop) in FINISHED:
+                self._artifacts.discard(blocks_prefix(lease.claim.job_id))
+        except SQLAlchemyError:
+            log.exception("job %s: the database was not told; the reaper will end it", lease.claim.job_id)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)  # the worker starts another process, which clears up
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
         with self._sessions.begin() as session:

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.api.rates import Rates
 from service.artifacts import Artifacts
 from service.jobs.queue import JobQueue
 from service.jobs.submission import Submitter
@@ -25,6 +26,7 @@ class Parts:
     queue: JobQueue
     submitter: Submitter
     registry: CollectorRegistry
+    rates: Rates
 
 
 def _parts(request: Request) -> Parts:

@@ -7,6 +7,7 @@ import logging
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.api.auth import TrustedDep
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
 from service.artifacts import ArtifactsDownError
@@ -26,8 +27,11 @@ def live() -> Health:
 
 
 @router.get("/ready", response_model=Health, responses={503: RESPONSE})
-def ready(parts: PartsDep) -> Response:
-    """Database, files and broker answer; whether workers are alive is told, but jobs can be taken in without."""
+def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
+    """Database, files and broker answer; whether workers are alive is told, but jobs can be taken in without.
+
+    Probes need no key; who would be refused elsewhere is not told the workers' names.
+    """
     checks: dict[str, str] = {}
     workers: list[WorkerInfo] = []
     try:
@@ -56,9 +60,9 @@ def ready(parts: PartsDep) -> Response:
             f"Not available: {', '.join(faulty)}.",
             "Start it, or see the server's log; this probe turns green by itself.",
             checks=checks,
-            workers=[worker.model_dump() for worker in workers],
+            workers=[worker.model_dump() for worker in workers if trusted],
         )
-    document = Health(status="ok", checks=checks, workers=workers)
+    document = Health(status="ok", checks=checks, workers=workers if trusted else [])
     return Response(document.model_dump_json(), media_type="application/json")
 
 

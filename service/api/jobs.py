@@ -11,13 +11,14 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from aquant_core.config import QuantizationConfig
+from service.api.auth import Owner, OwnerDep
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.problems import RESPONSE
 from service.api.uploads import REMEDY, FormStream
 from service.artifacts import ArtifactsDownError, Stored, blocks_prefix, job_prefix
 from service.jobs.errors import FormError, ServiceError
-from service.jobs.repository import JobRepository
+from service.jobs.owners import Room, check_queued
 from service.jobs.schemas import JobDocument, JobPage
 from service.jobs.states import Device, JobState
 from service.jobs.submission import UPLOADS, Submission, UploadName, new_job_id, read_config, read_device
@@ -66,12 +67,13 @@ _FORM: dict[str, Any] = {
 
 
 @router.post("/jobs", status_code=202, openapi_extra=_FORM)
-async def submit(request: Request, response: Response, parts: PartsDep) -> JobDocument:
+async def submit(request: Request, response: Response, parts: PartsDep, owner: OwnerDep) -> JobDocument:
     """Send a model and calibration images to be quantized."""
     job_id = new_job_id()
     form = FormStream(request.stream(), request.headers.get("content-type"))
     try:
-        submission = await _receive(job_id, form, parts)
+        room = await run_in_threadpool(_room, owner)
+        submission = await _receive(job_id, form, parts, owner, room)
         with about(job_id=job_id):
             await run_in_threadpool(parts.submitter.submit, submission)
     except BaseException as error:
@@ -80,12 +82,20 @@ async def submit(request: Request, response: Response, parts: PartsDep) -> JobDo
         if isinstance(error, ServiceError | ArtifactsDownError):
             await form.drain(DRAIN_BYTES)
         raise
-    document = await run_in_threadpool(_load, parts, job_id)
+    document = await run_in_threadpool(_load, owner, job_id)
     response.headers.update({"Location": document.links.self, **RETRY_AFTER})
     return document
 
 
-async def _receive(job_id: str, form: FormStream, parts: Parts) -> Submission:
+def _room(owner: Owner) -> Room:
+    """What the owner may send: known before anything is stored, and decided when the row is put in."""
+    with owner.account() as account:
+        limits, usage = account.limits(), account.usage()
+    check_queued(limits, usage)
+    return Room(limits, usage)
+
+
+async def _receive(job_id: str, form: FormStream, parts: Parts, owner: Owner, room: Room) -> Submission:
     """Stream the form's files to the store; the config is checked as soon as it is there."""
     config: QuantizationConfig | None = None
     device: Device | None = None
@@ -97,7 +107,7 @@ async def _receive(job_id: str, form: FormStream, parts: Parts) -> Submission:
         seen.add(part.name)
         name = next((name for name in UPLOADS if name == part.name), None)
         if name is not None:
-            chunks = part.chunks(parts.settings.max_upload_bytes)
+            chunks = room.admit(part.chunks(room.limits.upload_bytes))
             uploads[name] = await parts.artifacts.put_stream(job_prefix(job_id) + name, chunks)
         elif part.name == "config":
             limit = parts.settings.max_config_bytes
@@ -106,20 +116,19 @@ async def _receive(job_id: str, form: FormStream, parts: Parts) -> Submission:
             device = read_device(b"".join([chunk async for chunk in part.chunks(MAX_DEVICE_BYTES)]))
         else:
             raise FormError(f"The form has a part {part.name!r}, which means nothing here.", REMEDY)
-    return Submission(job_id, config, device, uploads)
+    return Submission(job_id, owner.name, config, device, uploads)
 
 
 @router.get("/jobs")
 def list_jobs(
     request: Request,
-    parts: PartsDep,
+    owner: OwnerDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[str | None, Query(max_length=200, description="From the `next` link of a page.")] = None,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
 ) -> JobPage:
     """List jobs, newest first."""
-    with parts.sessions() as session:
-        repository = JobRepository(session)
+    with owner.jobs() as repository:
         page = repository.page(limit, cursor, state)
         workers = repository.devices()
         jobs = [describe(job, repository.queue_position(job), workers) for job in page.jobs]
@@ -132,7 +141,7 @@ def list_jobs(
 
 @router.get("/jobs/{job_id}", response_model=JobDocument, responses={304: {"description": "Unchanged"}})
 async def show(
-    parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     if_none_match: Annotated[str | None, Header()] = None,
     wait: Annotated[
@@ -148,7 +157,7 @@ async def show(
     """Tell where a job stands."""
     deadline = time.monotonic() + wait
     while True:
-        document = await run_in_threadpool(_load, parts, job_id)
+        document = await run_in_threadpool(_load, owner, job_id)
         body = document.model_dump_json().encode()
         tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         unchanged = if_none_match is not None and tag in if_none_match
@@ -163,25 +172,24 @@ async def show(
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)
-def cancel(parts: PartsDep, job_id: str) -> JobDocument:
+def cancel(parts: PartsDep, owner: OwnerDep, job_id: str) -> JobDocument:
     """Stop a job: a queued one at once, a running one at its next step."""
-    with parts.sessions.begin() as session:
-        document = describe(JobRepository(session).cancel(job_id))
+    with owner.jobs() as jobs:
+        document = describe(jobs.cancel(job_id))
     if document.finished:  # it was between two attempts: no worker will clear up
         parts.artifacts.discard(blocks_prefix(job_id))
     return document
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
-def delete(parts: PartsDep, job_id: str) -> None:
+def delete(parts: PartsDep, owner: OwnerDep, job_id: str) -> None:
     """Remove a job and its files; one that is running must be cancelled first (409)."""
-    with parts.sessions.begin() as session:
-        JobRepository(session).delete(job_id)
+    with owner.jobs() as jobs:
+        jobs.delete(job_id)
     parts.artifacts.discard(job_prefix(job_id))  # what stays is the reaper's
 
 
-def _load(parts: Parts, job_id: str) -> JobDocument:
-    with parts.sessions() as session:
-        repository = JobRepository(session)
-        job = repository.get(job_id)
-        return describe(job, repository.queue_position(job), repository.devices())
+def _load(owner: Owner, job_id: str) -> JobDocument:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
+        return describe(job, jobs.queue_position(job), jobs.devices())

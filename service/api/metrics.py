@@ -27,7 +27,9 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.api.auth import WatcherDep
 from service.api.deps import PartsDep
+from service.api.problems import RESPONSE
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import JobRecord, WorkerRecord
 from service.jobs.repository import JobRepository, StateCount, now
@@ -42,7 +44,12 @@ REQUEST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 """A status takes milliseconds, a long poll up to 20 seconds, an upload or a download as long as its network."""
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, 401: RESPONSE, 403: RESPONSE, 429: RESPONSE},
+    dependencies=[WatcherDep],
+)
 def metrics(request: Request, parts: PartsDep) -> Response:
     """Metrics in Prometheus's text format."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))

@@ -42,6 +42,15 @@ STATUS = {
     "preprocess_unused": HTTPStatus.UNPROCESSABLE_ENTITY,
     "dry_run_has_no_checkpoint": HTTPStatus.NOT_FOUND,
     "range_not_satisfiable": HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+    "key_missing": HTTPStatus.UNAUTHORIZED,
+    "key_invalid": HTTPStatus.UNAUTHORIZED,
+    "key_scope_insufficient": HTTPStatus.FORBIDDEN,
+    "keys_required": HTTPStatus.FORBIDDEN,
+    "host_refused": HTTPStatus.FORBIDDEN,
+    "origin_refused": HTTPStatus.FORBIDDEN,
+    "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
+    "job_quota_exceeded": HTTPStatus.TOO_MANY_REQUESTS,
+    "storage_quota_exceeded": HTTPStatus.FORBIDDEN,
 }
 """HTTP status of each of the service's error codes."""
 
@@ -72,7 +81,7 @@ def problem(
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     _note(request, error.code, error.detail)
-    return problem(STATUS[error.code], error.code, error.detail, error.remedy)
+    return problem(STATUS[error.code], error.code, error.detail, error.remedy, dict(error.headers), **error.members)
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:

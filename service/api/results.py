@@ -10,10 +10,10 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from service.api.deps import Parts, PartsDep
+from service.api.auth import Owner, OwnerDep
+from service.api.deps import PartsDep
 from service.api.problems import RESPONSE, problem
 from service.jobs.errors import ArtifactNotReadyError, DryRunError
-from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
 
 router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
@@ -29,9 +29,11 @@ class _File:
 
 
 @router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
-async def report(parts: PartsDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+async def report(
+    parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
     """The accuracy report of a job that succeeded."""
-    file = await run_in_threadpool(_find, parts, job_id, "report")
+    file = await run_in_threadpool(_find, owner, job_id, "report")
     headers = {"ETag": file.etag}
     if if_none_match is not None and file.etag in if_none_match:
         return Response(status_code=304, headers=headers)
@@ -50,13 +52,14 @@ async def report(parts: PartsDep, job_id: str, if_none_match: Annotated[str | No
 async def checkpoint(
     request: Request,
     parts: PartsDep,
+    owner: OwnerDep,
     job_id: str,
     range: Annotated[str | None, Header(description="One range of bytes.")] = None,
     if_range: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
-    file = await run_in_threadpool(_find, parts, job_id, "checkpoint")
+    file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
     headers = {
         "ETag": file.etag,
         "Accept-Ranges": "bytes",
@@ -96,9 +99,9 @@ _REMEDY = {
 }
 
 
-def _find(parts: Parts, job_id: str, name: str) -> _File:
-    with parts.sessions() as session:
-        job = JobRepository(session).get(job_id)
+def _find(owner: Owner, job_id: str, name: str) -> _File:
+    with owner.jobs() as jobs:
+        job = jobs.get(job_id)
         artifact = job.artifact(name)
         if artifact is None and name != "report" and job.config.get("dry_run"):
             raise DryRunError(

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+KEY_REMEDY = (
+    "Send the header `Authorization: Bearer KEY`; the aquant command takes the key from AQUANT_API_KEY or --key. "
+    "The operator makes keys with `aquant keys create`."
+)
+
 
 class ServiceError(Exception):
     """Base of every error that reaches the user as a problem document.
@@ -10,14 +19,18 @@ class ServiceError(Exception):
         code: stable identifier.
         detail: what was wrong, naming the value.
         remedy: what the caller can do about it.
+        members: further members of the problem document.
+        headers: header fields of the answer.
     """
 
     code = "service_error"
+    headers: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, detail: str, remedy: str) -> None:
+    def __init__(self, detail: str, remedy: str, **members: Any) -> None:
         super().__init__(f"{detail} {remedy}")
         self.detail = detail
         self.remedy = remedy
+        self.members = members
 
 
 class JobNotFoundError(ServiceError):
@@ -117,3 +130,71 @@ class DryRunError(ServiceError):
     """A job that forecasts and does not run has no checkpoint."""
 
     code = "dry_run_has_no_checkpoint"
+
+
+class KeyMissingError(ServiceError):
+    """The service asks for an API key, and the request has none."""
+
+    code = "key_missing"
+    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="aquant"'})
+
+    def __init__(self) -> None:
+        super().__init__("This call needs an API key, and the request has none.", KEY_REMEDY)
+
+
+class KeyInvalidError(ServiceError):
+    """The request's API key is not one, or no longer."""
+
+    code = "key_invalid"
+    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="aquant", error="invalid_token"'})
+
+
+class KeyScopeError(ServiceError):
+    """The request's API key is for something else."""
+
+    code = "key_scope_insufficient"
+
+
+class KeysRequiredError(ServiceError):
+    """A stranger asks a service that has no API keys."""
+
+    code = "keys_required"
+
+
+class HostRefusedError(ServiceError):
+    """The request calls the service by a name that may be someone else's."""
+
+    code = "host_refused"
+
+
+class OriginRefusedError(ServiceError):
+    """A page of another site wants to change something."""
+
+    code = "origin_refused"
+
+
+class LimitError(ServiceError):
+    """A limit on what one owner may use, in ``limit``, and the present use, in ``used``."""
+
+    def __init__(self, detail: str, remedy: str, *, limit: int, used: int, retry_after: int | None = None) -> None:
+        super().__init__(detail, remedy, limit=limit, used=used)
+        if retry_after is not None:
+            self.headers = {"Retry-After": str(retry_after)}
+
+
+class RateLimitedError(LimitError):
+    """Too many requests within a minute."""
+
+    code = "rate_limited"
+
+
+class JobQuotaError(LimitError):
+    """The owner has as many jobs waiting as may be."""
+
+    code = "job_quota_exceeded"
+
+
+class StorageQuotaError(LimitError):
+    """The owner's files would take more than they may."""
+
+    code = "storage_quota_exceeded"

@@ -1,4 +1,4 @@
-"""The tables: jobs, their artifacts, and the workers that have been seen."""
+"""The tables: jobs, their artifacts, the workers that have been seen, API keys and whom they belong to."""
 
 from __future__ import annotations
 
@@ -147,3 +147,37 @@ class TallyRecord(Record):
     """Its upper bound, as Prometheus writes it."""
     count: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
+
+
+class OwnerRecord(Record):
+    """Whom jobs and keys belong to; "" is who comes without a key while there are none.
+
+    The row is also what is locked while it is decided whether a limit allows for more. Limits that are NULL are those
+    of the settings.
+    """
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    max_jobs_queued: Mapped[int | None]
+    max_jobs_running: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_upload_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class KeyRecord(Record):
+    """An API key; of its secret there is only the digest. Rows stay when keys are revoked."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the whole key, in hex."""
+    name: Mapped[str] = mapped_column(String(64))
+    owner: Mapped[str] = mapped_column(ForeignKey("owners.name"))
+    scope: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """To within a minute."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, true, tuple_, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session, lazyload
 
@@ -56,10 +56,18 @@ def now() -> datetime:
 
 
 class JobRepository:
-    """Jobs, within one session."""
+    """Jobs, within one session: everybody's, for worker, reaper and metrics; or, by :meth:`of`, one owner's.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    A user's request only ever has the second (``service.api.auth``): what it does to a job that is somebody else's
+    ends as if there were none of this id.
+    """
+
+    def __init__(self, session: Session, scope: ColumnElement[bool] | None = None) -> None:
+        self._session, self._scope = session, true() if scope is None else scope
+
+    def of(self, owner: str | None) -> JobRepository:
+        """The jobs of this owner alone; None owns what was made without a key."""
+        return JobRepository(self._session, JobRecord.owner == owner)
 
     def add(self, job: JobRecord) -> None:
         """Put in a new job."""
@@ -72,14 +80,16 @@ class JobRepository:
         Raises:
             JobNotFoundError: there is none.
         """
-        job = self._session.get(JobRecord, job_id, populate_existing=True)
+        query = select(JobRecord).where(JobRecord.id == job_id, self._scope)
+        job = self._session.scalar(query.execution_options(populate_existing=True))
         if job is None:
             raise JobNotFoundError(job_id)
         return job
 
     def page(self, limit: int, cursor: str | None = None, state: JobState | None = None) -> Page:
         """Jobs from the newest on, after ``cursor``."""
-        query = select(JobRecord).order_by(JobRecord.created_at.desc(), JobRecord.id.desc()).limit(limit + 1)
+        query = select(JobRecord).where(self._scope).limit(limit + 1)
+        query = query.order_by(JobRecord.created_at.desc(), JobRecord.id.desc())
         if state is not None:
             query = query.where(JobRecord.state == state)
         if cursor is not None:
@@ -91,13 +101,17 @@ class JobRepository:
         return Page(jobs[:limit], _write_cursor(jobs[limit - 1]) if more else None)
 
     def queue_position(self, job: JobRecord) -> int | None:
-        """How many queued jobs are older and may run on the same device; None for a job that is not queued."""
+        """How many queued jobs are older and may run on the same device; None for a job that is not queued.
+
+        An owner's own jobs go in this order; what others have waiting is no business of theirs.
+        """
         if job.state != JobState.QUEUED:
             return None
         return self._session.scalar(
             select(func.count())
             .select_from(JobRecord)
             .where(
+                self._scope,
                 JobRecord.state == JobState.QUEUED,
                 JobRecord.created_at < job.created_at,
                 *([] if job.device is None else [runs_on(job.device)]),
@@ -115,12 +129,15 @@ class JobRepository:
 
     # A worker's side: claim, renew, finish.
 
-    def claim_next(self, owner: str, lease: timedelta, device: Device) -> Claim | None:
-        """Take the job whose turn it is on this device; None if none waits for it."""
+    def claim_next(self, owner: str, lease: timedelta, device: Device, max_running: int | None = None) -> Claim | None:
+        """Take the job whose turn it is on this device; None if none waits for it that its owner may have running.
+
+        ``owner`` is the worker, who will own the lease; ``max_running`` is for job owners without a limit of their own.
+        """
         lost = True
         while lost:  # to another worker, meanwhile: there may be more
             lost = False
-            for job_id in next_jobs(self._session, device):
+            for job_id in next_jobs(self._session, device, max_running):
                 claim = self.claim(job_id, owner, lease, device)
                 if claim is not None:
                     return claim
@@ -210,7 +227,7 @@ class JobRepository:
         queued = JobRecord.state == JobState.QUEUED
         moved = self._session.execute(
             update(JobRecord)
-            .where(JobRecord.id == job_id, JobRecord.state.in_((JobState.QUEUED, JobState.RUNNING)))
+            .where(JobRecord.id == job_id, self._scope, JobRecord.state.in_((JobState.QUEUED, JobState.RUNNING)))
             .values(
                 state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
                 finished_at=case((queued, now())),
@@ -236,7 +253,7 @@ class JobRepository:
         """
         result = self._session.execute(
             delete(JobRecord)
-            .where(JobRecord.id == job_id, JobRecord.state.not_in(HELD))
+            .where(JobRecord.id == job_id, self._scope, JobRecord.state.not_in(HELD))
             .execution_options(synchronize_session=False)
         )
         if _changed(result):

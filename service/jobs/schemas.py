@@ -104,7 +104,7 @@ class JobDocument(BaseModel):
     ] = None
     queue_position: Annotated[
         int | None,
-        Field(description="Older jobs that wait for the same device; owners take turns, so it may come sooner."),
+        Field(description="Older jobs of the same owner that wait for the same device; owners take turns."),
     ] = None
     workers: Annotated[
         int | None, Field(description="Workers alive that could take a queued job: with 0 it waits for one to start.")
@@ -147,4 +147,4 @@ class Health(BaseModel):
 
     status: Annotated[str, Field(description="ok or unavailable.")]
     checks: dict[str, Any] = {}
-    workers: list[WorkerInfo] = []
+    workers: Annotated[list[WorkerInfo], Field(description="Without a key, where there are keys, none.")] = []

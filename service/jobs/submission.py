@@ -17,6 +17,7 @@ from service.jobs.announcement import announce
 from service.jobs.errors import ConfigError, FormError, PreprocessUnusedError, UploadEmptyError
 from service.jobs.image_files import ARCHIVES, check_images
 from service.jobs.model_files import check_model
+from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
@@ -42,6 +43,7 @@ class Submission:
     """What a submitter sent; the uploads are already in the store, under the job's prefix."""
 
     job_id: str
+    owner: str | None
     config: QuantizationConfig | None
     device: Device | None
     uploads: Mapping[UploadName, Stored]
@@ -88,9 +90,11 @@ class Submitter:
                 "Send the image files as a zip or tar, or leave preprocess out: arrays are taken as they are.",
             )
         with self._sessions.begin() as session:
+            Account(session, self._settings, submission.owner).check_job(sum(record.size for record in records))
             JobRepository(session).add(
                 JobRecord(
                     id=submission.job_id,
+                    owner=submission.owner,
                     state=JobState.QUEUED,
                     device=submission.device,
                     config=config.model_dump(mode="json"),

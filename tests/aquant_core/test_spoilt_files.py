@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import uploads
 from hostile import corpus
 from hostile_files import npy, png, tar_entry, tarred, zipped
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import AttributeProto
 from safetensors.numpy import save
 from spoiling import found_before, spoilt
 
@@ -106,6 +109,78 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None)
 @given(data=spoilt(MODELS))
 def test_networks(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    answered("networks", path)
+
+
+OPERATORS = [
+    "Conv", "Gemm", "MatMul", "BatchNormalization", "MaxPool", "AveragePool", "Reshape", "Split", "Concat", "Slice",
+    "Pad", "ReduceMean", "Clip", "Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "LeakyRelu",
+    "Elu", "Gelu", "Softmax", "GlobalAveragePool", "Flatten", "Transpose", "HardSigmoid", "Cast", "Dropout", "Identity",
+    "Shape", "Constant", "ConstantOfShape", "Gather", "Range", "Expand", "Tile", "Where", "Hardmax",
+]  # fmt: skip
+ATTRIBUTES = [
+    "group", "pads", "strides", "dilations", "kernel_shape", "axis", "axes", "perm", "keepdims", "alpha", "beta",
+    "transA", "transB", "to", "auto_pad", "mode", "ceil_mode", "epsilon", "split", "start", "end", "value", "min", "max",
+]  # fmt: skip
+VALUES = st.one_of(
+    st.sampled_from([0, 1, -1, 2, 7, 64, 2**20, 2**31, 2**63 - 1, -(2**63)]),
+    st.lists(st.sampled_from([0, 1, -1, 2, 3, 8, 2**20, 2**62]), max_size=8),
+    st.floats(width=32),
+    st.sampled_from(["SAME_UPPER", "VALID", "reflect", "none", "\N{SNOWMAN}"]),
+)
+
+
+@st.composite
+def rewritten(draw: st.DrawFn) -> bytes:
+    """The sound network, some of its parts exchanged for others that are well-formed by themselves."""
+    model = onnx.load_from_string(uploads.onnx_model())
+    graph = model.graph
+    for _ in range(draw(st.integers(1, 4))):
+        names = [value for node in graph.node for value in (*node.input, *node.output)] + ["x", "nowhere", ""]
+        node = draw(st.sampled_from(graph.node))
+        match draw(st.sampled_from(("operator", "attribute", "input", "output", "dims", "type", "insert", "constant"))):
+            case "operator":
+                node.op_type = draw(st.sampled_from(OPERATORS))
+            case "attribute":
+                name, value = draw(st.sampled_from(ATTRIBUTES)), draw(VALUES)
+                node.attribute.append(onnx.helper.make_attribute(name, value, attr_type=kind_of(value)))
+            case "input" if node.input:
+                node.input[draw(st.integers(0, len(node.input) - 1))] = draw(st.sampled_from(names))
+            case "output":
+                node.output[0] = draw(st.sampled_from(names))
+            case "dims":
+                weight = draw(st.sampled_from(graph.initializer))
+                del weight.dims[:]
+                weight.dims.extend(draw(st.lists(st.sampled_from([0, 1, 3, 4, 9, 36, -1, 2**40]), max_size=5)))
+            case "type":
+                draw(st.sampled_from(graph.initializer)).data_type = draw(st.integers(0, 24))
+            case "insert":
+                inputs = draw(st.lists(st.sampled_from(names), max_size=4))
+                added = onnx.helper.make_node(draw(st.sampled_from(OPERATORS)), inputs, [draw(st.sampled_from(names))])
+                graph.node.insert(draw(st.integers(0, len(graph.node))), added)
+            case "constant":
+                array = np.array(draw(st.lists(st.sampled_from([0, 1, -1, 2, 8, 64, 2**20, 2**40]), max_size=8)))
+                graph.initializer.append(
+                    onnx.numpy_helper.from_array(array.astype(np.int64), draw(st.sampled_from(names)))
+                )
+    return bytes(model.SerializeToString())
+
+
+def kind_of(value: object) -> int:
+    """An empty list does not tell its type."""
+    kinds = {
+        int: AttributeProto.INT,
+        float: AttributeProto.FLOAT,
+        str: AttributeProto.STRING,
+        list: AttributeProto.INTS,
+    }
+    return kinds[type(value)]
+
+
+@settings(deadline=None)
+@given(data=rewritten())
+def test_networks_that_contradict_themselves(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     answered("networks", path)
 

@@ -158,6 +158,9 @@ def test_data_is_shared_and_working_files_are_not(
 def test_only_the_api_is_published_and_only_here(services: dict[str, Any], compose: dict[str, Any]) -> None:
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
     assert services["api"]["ports"] == [{"host_ip": "127.0.0.1", "published": "8000", "target": 8000}]
+    assert services["api"]["environment"]["AQUANT_PUBLISHED_ON"] == "127.0.0.1"
+    api = compose["services"]["api"]
+    assert api["environment"]["AQUANT_PUBLISHED_ON"] == api["ports"][0]["host_ip"]  # whatever it is set to
     assert compose["networks"]["inside"] == {"internal": True}
     assert all(services[name]["networks"] == ["inside"] for name in [*WORKERS, "redis"])
 

@@ -14,18 +14,36 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_up_prints_its_address_and_stops(tmp_path: Path, how: signal.Signals) -> None:
-    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+@pytest.mark.parametrize(
+    ("how", "options", "workers"),
+    [(signal.SIGINT, [], ["worker"]), (signal.SIGTERM, ["--workers", "2"], ["worker-1", "worker-2"])],
+)
+def test_up_prints_its_address_and_stops(
+    tmp_path: Path, how: signal.Signals, options: list[str], workers: list[str]
+) -> None:
+    aquant, folder = [sys.executable, "-u", "-m", "service.cli"], ["--data-dir", str(tmp_path)]
+    headers = {}
+    if options:  # with keys, too
+        make = [*aquant, "keys", "create", "a-key", "--owner", "ada", *folder]
+        token = subprocess.run(make, capture_output=True, text=True, check=True).stdout.strip()
+        headers = {"Authorization": f"Bearer {token}"}
+    with subprocess.Popen([*aquant, "up", "--port", "0", *folder, *options], stdout=subprocess.PIPE, text=True) as up:
         assert up.stdout is not None
         lines = []
         for line in up.stdout:
             lines.append(line)
             if line.startswith("ready"):
                 break
-        assert [line.split()[0] for line in lines] == ["broker", "worker", "api", "ready"]
-        assert httpx.get(f"{lines[-1].split()[1]}/health/ready").is_success
+        assert [line.split()[0] for line in lines] == ["broker", *workers, "api", "ready"]
+        url = lines[-1].split()[1]
+        assert httpx.get(f"{url}/jobs").status_code == (401 if headers else 200)
+        ready = httpx.get(f"{url}/health/ready", headers=headers)
+        assert ready.is_success
+        found = [(one["device"], one["detail"]) for one in ready.json()["workers"] if one["alive"]]
+        assert len(found) == len(workers)
+        for name, (device, detail) in zip(workers, sorted(found), strict=True):
+            assert device == "gpu" or "CPU cores" in detail
+            assert detail in (tmp_path / "logs" / f"{name}.log").read_text()
         family = psutil.Process(up.pid).children(recursive=True)
         assert len(family) >= 3
         up.send_signal(how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import NoReturn
 
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -17,6 +18,11 @@ def claim(sessions: sessionmaker[Session], job_id: str, lease: timedelta = MINUT
         taken = JobRepository(session).claim(job_id, "me", lease)
     assert taken is not None
     return taken
+
+
+def not_overdue(lease: object, stop: BaseException) -> NoReturn:
+    """For leases of work that stops when it is told to."""
+    raise AssertionError(f"{lease} did not stop: {stop!r}")
 
 
 def state(sessions: sessionmaker[Session], job_id: str) -> JobState:

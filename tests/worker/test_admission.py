@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from job_rows import not_overdue
 from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -73,7 +74,7 @@ def enter(
         (tmp_path / "work").mkdir()
         with sessions() as session:
             job = JobRepository(session).get("job")
-        with Lease(claim, settings, sessions) as lease:
+        with Lease(claim, settings, sessions, not_overdue) as lease:
             return admit(job, lease, tmp_path / "work", artifacts, settings)
 
     return enter

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+from job_rows import not_overdue
 from servers import DATABASES
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
@@ -55,7 +57,7 @@ def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions
             job = JobRepository(session).get("job")
             return job.stage == "reconstruct"
 
-    with Lease(claim, settings, sessions) as lease:
+    with Lease(claim, settings, sessions, not_overdue) as lease:
         lease.report(Progress("nearest", forecast=FORECAST))
         work(lease, shown)
     with sessions() as session:
@@ -77,7 +79,7 @@ def test_gpu_memory_reaches_the_row_where_there_is_one(
         with sessions() as session:
             return (JobRepository(session).get("job").progress or {}).get("gpu") == gpu
 
-    with Lease(claimed(), settings, sessions) as lease:
+    with Lease(claimed(), settings, sessions, not_overdue) as lease:
         deadline = time.monotonic() + 20
         while not shown():
             assert time.monotonic() < deadline
@@ -93,7 +95,7 @@ def test_the_lease_logs_about_its_job(
     with sessions() as session:
         session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO hidden")
         session.commit()
-    with about(job_id="job", attempt=1), Lease(claim, settings, sessions):
+    with about(job_id="job", attempt=1), Lease(claim, settings, sessions, not_overdue):
         deadline = time.monotonic() + 20
         while not seen:
             assert time.monotonic() < deadline
@@ -102,7 +104,7 @@ def test_the_lease_logs_about_its_job(
 
 
 def test_cancel_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
-    with Lease(claimed(), settings, sessions) as lease:
+    with Lease(claimed(), settings, sessions, not_overdue) as lease:
         with sessions.begin() as session:
             JobRepository(session).cancel("job")
         with pytest.raises(JobCancelledError):
@@ -111,7 +113,7 @@ def test_cancel_stops_the_work(settings: Settings, sessions: Sessions, claimed: 
 
 
 def test_lost_lease_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
-    with Lease(claimed(), settings, sessions) as lease:
+    with Lease(claimed(), settings, sessions, not_overdue) as lease:
         with sessions.begin() as session:
             session.execute(update(JobRecord).values(attempt=2))
         with pytest.raises(LeaseLostError):
@@ -119,7 +121,7 @@ def test_lost_lease_stops_the_work(settings: Settings, sessions: Sessions, claim
 
 
 def test_deleted_row_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
-    with Lease(claimed(), settings, sessions) as lease:
+    with Lease(claimed(), settings, sessions, not_overdue) as lease:
         with sessions.begin() as session:
             session.delete(JobRepository(session).get("job"))
         with pytest.raises(LeaseLostError):
@@ -128,7 +130,7 @@ def test_deleted_row_stops_the_work(settings: Settings, sessions: Sessions, clai
 
 def test_time_limit_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
     short = settings.model_copy(update={"job_seconds": 0.05})
-    with Lease(claimed(), short, sessions) as lease, pytest.raises(JobTimeoutError):
+    with Lease(claimed(), short, sessions, not_overdue) as lease, pytest.raises(JobTimeoutError):
         work(lease)
 
 
@@ -138,13 +140,13 @@ def test_unreachable_database_loses_the_lease_in_time(settings: Settings, sessio
     with sessions() as session:
         session.connection().exec_driver_sql("ALTER TABLE jobs RENAME TO hidden")
         session.commit()
-    with Lease(claim, brief, sessions) as lease, pytest.raises(JobStopError):
+    with Lease(claim, brief, sessions, not_overdue) as lease, pytest.raises(JobStopError):
         work(lease)
 
 
 def test_memory_limit_stops_the_work(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
     limited = settings.model_copy(update={"job_memory_bytes": own_memory() + (64 << 20)})
-    with Lease(claimed(), limited, sessions) as lease:
+    with Lease(claimed(), limited, sessions, not_overdue) as lease:
         work(lease, lambda: True)
         held = bytearray(b"x") * (128 << 20)
         with pytest.raises(JobMemoryError):
@@ -173,3 +175,33 @@ def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Ses
             JobRepository(session).cancel("job")
         with pytest.raises(JobCancelledError):
             lease.write()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_work_that_does_not_stop_is_overdue(
+    settings: Settings, sessions: Sessions, claimed: Claimed, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setattr("worker.lease.STOP_SECONDS", 0.1)
+    told: list[JobStopError] = []
+    with Lease(claimed(), settings, sessions, lambda _, stop: told.append(stop)):
+        with sessions.begin() as session:
+            if lost:
+                session.execute(update(JobRecord).values(attempt=2))
+            else:
+                JobRepository(session).cancel("job")
+        deadline = time.monotonic() + 20
+        while not told:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3)
+    assert [type(stop) for stop in told] == [LeaseLostError if lost else JobCancelledError]
+
+
+def test_work_over_its_time_is_overdue_though_it_never_looks(
+    settings: Settings, sessions: Sessions, claimed: Claimed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.lease.STOP_SECONDS", 0.1)
+    overdue = threading.Event()
+    brief = settings.model_copy(update={"job_seconds": 0.1})
+    with Lease(claimed(), brief, sessions, lambda *_: overdue.set()):
+        assert overdue.wait(20)

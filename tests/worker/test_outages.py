@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import pytest
+from job_rows import not_overdue
 from servers import S3, Gate, PostgreSQL, Storage
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -105,7 +106,7 @@ def test_a_short_outage_of_the_database_does_not_stop_the_work(
     gate, settings = database
     engine = open_database(settings)
     claim = claimed()
-    with Lease(claim, settings, sessionmaker(engine)) as lease:
+    with Lease(claim, settings, sessionmaker(engine), not_overdue) as lease:
         gate.shut()
         until(lambda: "could not be renewed" in caplog.text)
         gate.open()

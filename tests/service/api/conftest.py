@@ -7,15 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from httpx import Client, Response
+from sqlalchemy.orm import Session, sessionmaker
 
+from service.jobs.keys import KeyRepository, Scope
+from service.jobs.repository import now
 from service.main import create_app
 from service.settings import Settings
 
+MakeKey = Callable[..., dict[str, str]]
 Submit = Callable[..., Response]
 CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke"}
 
@@ -68,3 +73,16 @@ def submit(web: Client, onnx_model: bytes, images: bytes) -> Submit:
         return web.post("/jobs", files=files)
 
     return post
+
+
+@pytest.fixture
+def make_key(sessions: sessionmaker[Session]) -> MakeKey:
+    """Makes a key; what a request with it has for headers."""
+
+    def make(owner: str = "ada", scope: Scope = "jobs", seconds: float | None = None) -> dict[str, str]:
+        expires_at = None if seconds is None else now() + timedelta(seconds=seconds)
+        with sessions.begin() as session:
+            _, token = KeyRepository(session).create("a-key", owner, scope, expires_at)
+        return {"Authorization": f"Bearer {token}"}
+
+    return make

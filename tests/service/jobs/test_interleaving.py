@@ -26,17 +26,17 @@ ERROR = {"code": "worker_lost"}
 
 AddJob = Callable[..., str]
 Sessions = sessionmaker[Session]
-Intervene = Callable[[Callable[[JobRepository], object]], "Iterator[Future[object]]"]
+Intervene = Callable[..., "Iterator[Future[object]]"]
 
 
 @pytest.fixture
 def intervene(engine: Engine, sessions: Sessions) -> Iterator[Intervene]:
-    """Has another transaction act once the first statement of this one is through, and waits for it to commit,
-    unless it waits itself for a lock that this one holds."""
+    """Has another transaction act once the first statement of this one is through, or the first that begins with
+    ``after``, and waits for it to commit, unless it waits itself for a lock that this one holds."""
     pool = ThreadPoolExecutor(1)
 
     @contextmanager
-    def after_the_first_statement(call: Callable[[JobRepository], object]) -> Iterator[Future[object]]:
+    def after_a_statement(call: Callable[[JobRepository], object], after: str = "") -> Iterator[Future[object]]:
         other: Future[object] = Future()
 
         def act() -> None:
@@ -50,9 +50,9 @@ def intervene(engine: Engine, sessions: Sessions) -> Iterator[Intervene]:
         begun = False
 
         @event.listens_for(engine, "after_cursor_execute")
-        def listen(*_: object) -> None:
+        def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
             nonlocal begun
-            if not begun:
+            if not begun and statement.startswith(after):
                 begun = True
                 wait([pool.submit(act)], timeout=0.5)
 
@@ -61,7 +61,7 @@ def intervene(engine: Engine, sessions: Sessions) -> Iterator[Intervene]:
         finally:
             event.remove(engine, "after_cursor_execute", listen)
 
-    yield after_the_first_statement
+    yield after_a_statement
     pool.shutdown()
 
 
@@ -121,3 +121,18 @@ def test_a_claim_that_waits_for_another_comes_to_nothing(
         assert JobRepository(session).claim(job_id, "first", MINUTE) is not None
         assert not second.done()
     assert second.result(timeout=10) is None
+
+
+@pytest.mark.parametrize("after", ["", "SELECT count(*)"])
+def test_workers_that_take_an_owners_turn_at_once_keep_its_limit(
+    sessions: Sessions, add_job: AddJob, intervene: Intervene, after: str
+) -> None:
+    """The other comes before this one has counted what the owner has under way, or before it takes what it may."""
+    first, second = add_job(), add_job()
+    with (
+        intervene(lambda other: other.claim_next("other", MINUTE, "cpu", 1), after) as other,
+        sessions.begin() as session,
+    ):
+        mine = JobRepository(session).claim_next("me", MINUTE, "cpu", 1)
+    assert [claim for claim in (mine, other.result(timeout=10)) if claim is not None] != []
+    assert {state(sessions, first), state(sessions, second)} == {JobState.RUNNING, JobState.QUEUED}

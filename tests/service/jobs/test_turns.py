@@ -12,6 +12,7 @@ from servers import DATABASES
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.jobs.owners import OwnerRepository, ensure_owner
 from service.jobs.records import JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.states import Device, JobState
@@ -22,9 +23,9 @@ AddJob = Callable[..., str]
 Sessions = sessionmaker[Session]
 
 
-def take(sessions: Sessions, device: Device = "cpu") -> Claim | None:
+def take(sessions: Sessions, device: Device = "cpu", max_running: int | None = None) -> Claim | None:
     with sessions.begin() as session:
-        return JobRepository(session).claim_next("me", MINUTE, device)
+        return JobRepository(session).claim_next("me", MINUTE, device, max_running)
 
 
 def taken(sessions: Sessions, device: Device = "cpu") -> Iterator[str]:
@@ -95,6 +96,39 @@ def test_workers_at_once_take_each_job_once(sessions: Sessions, add_job: AddJob)
     assert sorted(job for part in found for job in part) == jobs
     with sessions() as session:
         assert set(session.scalars(select(JobRecord.attempt))) == {1}
+
+
+def limit(sessions: Sessions, owner: str, jobs: int | None) -> None:
+    with sessions.begin() as session:
+        ensure_owner(session, owner)
+        OwnerRepository(session).set_limits(owner, max_jobs_running=jobs)
+
+
+def test_an_owner_at_its_limit_waits_and_others_do_not(sessions: Sessions, add_job: AddJob) -> None:
+    for owner in ("a", "a", "a", "b", "b", None):
+        give(sessions, add_job(), owner=owner)
+    limit(sessions, "a", 2)  # its own; the others have what is said for all
+
+    def owners() -> Iterator[str | None]:
+        while (claim := take(sessions, max_running=1)) is not None:
+            with sessions() as session:
+                yield JobRepository(session).get(claim.job_id).owner
+
+    assert sorted(owners(), key=str) == [None, "a", "a", "b"]
+    with sessions.begin() as session:
+        ended = next(job for job in JobRepository(session).held() if job.owner == "b")
+        JobRepository(session).finish(Claim(ended.id, 1, "me"), JobState.FAILED, "intake")
+    assert list(owners()) == ["b"]
+    assert list(taken(sessions)) == []  # what is left is a's
+
+
+def test_workers_at_once_keep_an_owners_limit(sessions: Sessions, add_job: AddJob) -> None:
+    for _ in range(12):
+        give(sessions, add_job(), owner="a")
+    limit(sessions, "a", 3)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: take(sessions), range(6)))
+    assert sum(claim is not None for claim in found) == 3
 
 
 def test_only_workers_that_are_alive_are_counted_on(sessions: Sessions) -> None:

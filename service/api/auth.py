@@ -1,0 +1,114 @@
+"""Who asks: every route but the public ones takes ``OwnerDep``, and with it whose jobs it may touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.addresses import neighbourhood
+from service.api.deps import Parts, PartsDep
+from service.api.locality import SAFE_METHODS, check_keyless
+from service.jobs.errors import KeyInvalidError, KeyMissingError, KeyScopeError, ServiceError
+from service.jobs.keys import KeyRepository, Scope
+from service.jobs.owners import Account
+from service.jobs.repository import JobRepository
+from service.settings import Settings
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="key",
+    bearerFormat="aquant_...",
+    description="An API key. Without any keys, the service answers its own machine only, and without one.",
+)
+_Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whom a request acts for, and with it the only way its route has to the database.
+
+    ``name`` is None for who comes without a key while there are none.
+    """
+
+    name: str | None
+    _settings: Settings
+    _sessions: sessionmaker[Session]
+
+    @contextmanager
+    def jobs(self) -> Iterator[JobRepository]:
+        """The owner's jobs, in a transaction."""
+        with self._sessions.begin() as session:
+            yield JobRepository(session).of(self.name)
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """What the owner uses and may use, in a transaction."""
+        with self._sessions.begin() as session:
+            yield Account(session, self._settings, self.name)
+
+
+def _owner(request: Request, parts: PartsDep, credentials: _Credentials) -> Owner:
+    return Owner(_admit(request, parts, credentials, "jobs"), parts.settings, parts.sessions)
+
+
+def _watcher(request: Request, parts: PartsDep, credentials: _Credentials) -> None:
+    _admit(request, parts, credentials, "metrics")
+
+
+def _is_trusted(request: Request, parts: PartsDep, credentials: _Credentials) -> bool:
+    try:
+        _admit(request, parts, credentials, None)
+    except (ServiceError, SQLAlchemyError):
+        return False
+    return True
+
+
+OwnerDep = Annotated[Owner, Depends(_owner)]
+"""Whose jobs this request may touch.
+
+Raises 401 without a good key, 403 for strangers where there are no keys, 429 for too many requests.
+"""
+
+WatcherDep = Depends(_watcher)
+"""For routes that tell of the whole service: where there are keys, they take one that was made for that."""
+
+TrustedDep = Annotated[bool, Depends(_is_trusted)]
+"""For public routes: whether this request would have been let in."""
+
+
+def _admit(
+    request: Request, parts: Parts, credentials: HTTPAuthorizationCredentials | None, scope: Scope | None
+) -> str | None:
+    """The owner that a request acts for; ``scope`` is what its key has to be good for, if it matters."""
+    read = request.method in SAFE_METHODS
+    client = request.client.host if request.client is not None else "unknown"
+    address = f"address {neighbourhood(client)}"
+    with parts.sessions.begin() as session:
+        keys = KeyRepository(session)
+        key = None
+        try:
+            if credentials is None:
+                raise KeyMissingError
+            key = keys.accept(credentials.credentials)
+        except (KeyInvalidError, KeyMissingError):
+            if keys.any():  # else nobody is asked for one
+                parts.rates.count(address, read=read)  # guessing is not free
+                raise
+    if key is None:
+        parts.rates.count(address, read=read)
+        check_keyless(request, parts.settings)
+        return None
+    parts.rates.count(f"owner {key.owner}", read=read)
+    if scope is not None and key.scope != scope:
+        raise KeyScopeError(
+            f"The API key {key.id} is for {key.scope}, this call is for {scope}.",
+            "Use another key; the operator makes them with `aquant keys create`, with --metrics for metrics.",
+        )
+    return key.owner

@@ -1,0 +1,205 @@
+"""Two owners cannot see, cancel, download or deduce each other's jobs: all that the OpenAPI document has is tried.
+
+An operation with a job's id in its path is tried as it stands. Any other needs an entry in ``CASES``, or in
+``PUBLIC`` where a person decided that it concerns nobody in particular; one that has neither fails the test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import pytest
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from httpx import Client, Response
+from job_rows import claim
+from sqlalchemy.orm import Session, sessionmaker
+
+import service.api
+from service.artifacts import Artifacts
+from service.jobs.records import ArtifactRecord, JobRecord
+from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
+from service.main import create_app
+from service.settings import Settings
+
+Operation = tuple[str, str]
+Headers = dict[str, str]
+
+CONFIG = {"weight_bits": 2, "activation_bits": 2}
+METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
+NO_JOB = "0123456789abcdef01234567"
+
+PUBLIC: dict[Operation, str] = {
+    ("get", "/health/live"): "a probe",
+    ("get", "/health/ready"): "a probe; test_auth.py has what it keeps from strangers",
+    ("get", "/metrics"): "of the whole service, to keys made for it alone; test_auth.py",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Ada has jobs in every state worth a look; Bob has one of his own."""
+
+    web: Client
+    ada: Headers
+    bob: Headers
+    jobs: dict[str, str]
+    submit: Callable[[Headers], Response]
+
+    def see(self) -> dict[str, Any]:
+        """All that Ada can see."""
+        found: dict[str, Any] = {"list": self.web.get("/jobs", headers=self.ada).json()}
+        for name, job_id in self.jobs.items():
+            found[name] = self.web.get(f"/jobs/{job_id}", headers=self.ada).json()
+        for name in ("report", "checkpoint"):
+            found[name] = self.web.get(f"/jobs/{self.jobs['succeeded']}/{name}", headers=self.ada).content
+        return found
+
+
+def listing(world: World) -> None:
+    """Bob's pages have his jobs alone, whatever he asks for, with Ada's cursor too."""
+    mine = world.submit(world.bob).json()["id"]
+    page = world.web.get("/jobs", params={"limit": 1}, headers=world.ada).json()
+    asked: list[dict[str, Any]] = [{}, {"limit": 1}, {"limit": 100}, *({"state": state} for state in JobState)]
+    for params in asked:
+        answer = world.web.get("/jobs", params=params, headers=world.bob).json()
+        expected = [mine] if params.get("state", "queued") == "queued" else []
+        assert ([job["id"] for job in answer["jobs"]], answer["next"]) == (expected, None)
+    assert page["next"] is not None
+    with_hers = world.web.get(page["next"], headers=world.bob).json()
+    assert {job["id"] for job in with_hers["jobs"]} <= {mine}
+
+
+def submission(world: World) -> None:
+    """Bob sends the very files that Ada sent, and is told what he would be told if she had not."""
+
+    def told(answer: Response) -> dict[str, Any]:
+        assert answer.status_code == 202
+        document: dict[str, Any] = json.loads(answer.text.replace(answer.json()["id"], "ID"))
+        return document | {"created_at": None}
+
+    hers, his = world.submit(world.ada), world.submit(world.bob)
+    assert told(his)["queue_position"] == 0
+    assert told(hers)["queue_position"] == 1
+    assert told(his) == told(hers) | {"queue_position": 0}
+    world.web.delete(f"/jobs/{hers.json()['id']}", headers=world.ada).raise_for_status()
+
+
+CASES: dict[Operation, Callable[[World], None]] = {("get", "/jobs"): listing, ("post", "/jobs"): submission}
+
+
+def operations() -> list[Operation]:
+    document = create_app(Settings(broker_url="redis://127.0.0.1:1/0")).openapi()
+    return [(method, path) for path, item in document["paths"].items() for method in item if method in METHODS]
+
+
+@pytest.fixture
+def world(
+    web: Client,
+    make_key: Callable[..., Headers],
+    add_job: Callable[[], str],
+    sessions: sessionmaker[Session],
+    artifacts: Artifacts,
+    onnx_model: bytes,
+    images: bytes,
+    tmp_path: Path,
+) -> World:
+    def finish(job_id: str, state: JobState, names: tuple[str, ...] = ()) -> None:
+        records = []
+        for name in names:
+            (tmp_path / name).write_bytes(b'{"of": "ada"}')
+            stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
+            records.append(
+                ArtifactRecord(
+                    job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
+                )
+            )
+        held = claim(sessions, job_id)
+        with sessions.begin() as session:
+            JobRepository(session).finish(held, state, "save", artifacts=records)
+
+    def submit(headers: Headers) -> Response:
+        files = {"config": (None, json.dumps(CONFIG)), "model": ("m", onnx_model), "calibration": ("c", images)}
+        return web.post("/jobs", files=files, headers=headers)
+
+    jobs = {name: add_job() for name in ("queued", "running", "failed", "succeeded")}
+    with sessions.begin() as session:
+        for job_id in jobs.values():
+            session.get_one(JobRecord, job_id).owner = "ada"
+    claim(sessions, jobs["running"])
+    finish(jobs["failed"], JobState.FAILED)
+    finish(jobs["succeeded"], JobState.SUCCEEDED, ("checkpoint", "report"))
+    return World(web, make_key("ada"), make_key("bob"), jobs, submit)
+
+
+def told(answer: Response, job_id: str) -> tuple[int, str, dict[str, str]]:
+    """All that an answer tells, but for the id that was asked for and what differs from request to request."""
+    headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "date")}
+    return answer.status_code, answer.text.replace(job_id, "ID"), headers
+
+
+@pytest.mark.parametrize("operation", operations(), ids=" ".join)
+def test_of_a_foreign_job_there_is_nothing(world: World, operation: Operation) -> None:
+    method, path = operation
+    if operation in PUBLIC:
+        return
+    before = world.see()
+    case = CASES.get(operation)
+    if case is not None:
+        case(world)
+    else:
+        assert "{job_id}" in path, (
+            f"{method} {path} is new: give it a case in CASES, or say in PUBLIC why it needs none"
+        )
+        tag = world.web.get(f"/jobs/{world.jobs['succeeded']}/checkpoint", headers=world.ada).headers["etag"]
+        for more in ({}, {"If-None-Match": tag}, {"Range": "bytes=0-3"}, {"If-None-Match": "*"}):
+            for foreign in world.jobs.values():
+                answers = [
+                    world.web.request(method, path.replace("{job_id}", job_id), headers=world.bob | more)
+                    for job_id in (foreign, NO_JOB)
+                ]
+                assert answers[0].status_code == 404
+                assert answers[0].json()["code"] == "job_not_found"
+                assert told(answers[0], foreign) == told(answers[1], NO_JOB)
+    assert world.see() == before
+
+
+@pytest.mark.parametrize("operation", operations(), ids=" ".join)
+def test_without_a_key_there_is_nothing(world: World, operation: Operation) -> None:
+    method, path = operation
+    if operation in PUBLIC and path != "/metrics":
+        return
+    before = world.see()
+    for headers, code in (({}, "key_missing"), ({"Authorization": "Bearer aquant_x"}, "key_invalid")):
+        answers = [
+            world.web.request(method, path.replace("{job_id}", job_id), headers=headers)
+            for job_id in (*world.jobs.values(), NO_JOB)
+        ]
+        assert {answer.status_code for answer in answers} == {401}
+        assert {answer.json()["code"] for answer in answers} == {code}
+    assert world.see() == before
+
+
+def test_owners_of_keys_have_nothing_of_before(world: World, add_job: Callable[[], str]) -> None:
+    """Jobs made while there were no keys are nobody's until somebody is given them."""
+    nobodys = add_job()
+    for headers in (world.ada, world.bob):
+        assert world.web.get(f"/jobs/{nobodys}", headers=headers).status_code == 404
+
+
+def test_the_document_leaves_no_route_out() -> None:
+    """What is not in it would not be tried above; but for HEAD, which is tried as GET."""
+    documented = set(operations())
+    modules = [import_module(f"service.api.{module.name}") for module in iter_modules(service.api.__path__)]
+    routers = [module.router for module in modules if isinstance(getattr(module, "router", None), APIRouter)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    found = {(method.lower(), route.path) for route in routes for method in route.methods}
+    assert documented <= found
+    assert {("get" if method == "head" else method, path) for method, path in found} <= documented

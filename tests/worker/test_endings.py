@@ -1,0 +1,78 @@
+"""Work that does not stop is ended with its process, and its job as it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from job_rows import claim, state
+from servers import PAIRS
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.artifacts import Artifacts, blocks_prefix
+from service.jobs.records import JobRecord
+from service.jobs.repository import Claim, JobRepository
+from service.jobs.states import JobState
+from service.settings import Settings
+
+pytestmark = pytest.mark.parametrize("storage", PAIRS[::3], indirect=True)
+
+Sessions = sessionmaker[Session]
+STUBBORN = """
+import sys, time
+from worker import lease, tasks
+lease.STOP_SECONDS = 0.2
+def work(*_):
+    print("at work", flush=True)
+    time.sleep(60)
+runner = tasks.JobRunner(tasks.settings, "cpu")
+runner._quantize = work
+runner.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("limits", "ends", "code"),
+    [({}, JobState.CANCELLED, None), ({"AQUANT_JOB_SECONDS": "1"}, JobState.FAILED, "time_limit_exceeded")],
+)
+def test_a_process_in_an_endless_step_is_ended_with_its_job(
+    settings: Settings,
+    sessions: Sessions,
+    artifacts: Artifacts,
+    claimed: Callable[..., Claim],
+    limits: dict[str, str],
+    ends: JobState,
+    code: str | None,
+) -> None:
+    """Cancelled, or over its time: the row says so, its blocks are gone, and the process with all that it held."""
+    held = claimed(block=("safetensors", b"x"))
+    with sessions.begin() as session:
+        JobRepository(session).give_back(held, 9, {})
+    artifacts.put_file(blocks_prefix("job") + "0", settings.data_dir.parent / "block")
+    environment = {
+        **os.environ,
+        **limits,
+        "AQUANT_DATA_DIR": str(settings.data_dir),
+        "AQUANT_DATABASE_URL": settings.database,
+        "AQUANT_ARTIFACTS_URL": settings.artifacts,
+        "AQUANT_BROKER_URL": str(settings.broker_url),
+    }
+    argv = [sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        if not limits:
+            with sessions.begin() as session:
+                JobRepository(session).cancel("job")
+        assert process.wait(30) == -signal.SIGKILL
+    assert state(sessions, "job") == ends
+    with sessions() as session:
+        error = session.get_one(JobRecord, "job").error
+    assert (error or {}).get("code") == code
+    assert artifacts.keys(blocks_prefix("job")) == []
+    with pytest.raises(AssertionError):
+        claim(sessions, "job")
