@@ -121,7 +121,8 @@ OPERATORS = [
 ]  # fmt: skip
 ATTRIBUTES = [
     "group", "pads", "strides", "dilations", "kernel_shape", "axis", "axes", "perm", "keepdims", "alpha", "beta",
-    "transA", "transB", "to", "auto_pad", "mode", "ceil_mode", "epsilon", "split", "start", "end", "value", "min", "max",
+    "transA", "transB", "to", "auto_pad", "mode", "ceil_mode", "epsilon", "split", "start", "end", "value",
+    "min", "max",
 ]  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from([0, 1, -1, 2, 7, 64, 2**20, 2**31, 2**63 - 1, -(2**63)]),
