@@ -165,7 +165,7 @@ def test_mapped_files_are_not_counted(settings: Settings) -> None:
 
 def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
     slow = settings.model_copy(update={"heartbeat_seconds": 3600})
-    with Lease(claimed(), slow, sessions) as lease:
+    with Lease(claimed(), slow, sessions, not_overdue) as lease:
         lease.report(Progress("forecast", forecast=FORECAST))
         lease.write()
         with sessions() as session:
