@@ -20,7 +20,7 @@ from service.jobs.schemas import Problem
 from service.settings import Settings
 from worker import sandbox
 from worker.confinement import CALLS, FILES, PRIVILEGES
-from worker.intake import CALIBRATION, CAPTURED, EVALUATION, Request
+from worker.intake import CALIBRATION, CAPTURED, EVALUATION, MESSAGES, Request
 from worker.lease import JobStopError, Lease
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
 
     def on_line(line: str) -> None:
         message = _read_message(line)
-        if not messages and "confined" in message:
-            _tell_confinement(job.id, message["confined"])
+        if not messages and isinstance(confined := message.get("confined"), list):
+            _tell_confinement(job.id, [str(name) for name in confined])
         messages.update(message)
         if message.get("stage") == "capture":
             try:
@@ -147,9 +147,9 @@ def _judge(outcome: sandbox.Outcome, limits: sandbox.Limits) -> IntakeFailedErro
 
 
 def _read_message(line: str) -> dict[str, Any]:
-    """The child is not to be trusted once it has read an upload: what is no message is dropped."""
+    """The child is not to be trusted once it has read an upload: what is no message of its kind is dropped."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return message if isinstance(message, dict) else {}
+    return {key: message[key] for key in MESSAGES if key in message} if isinstance(message, dict) else {}

@@ -26,6 +26,8 @@ from worker.workplace import DISK_FULL, disk_is_full
 CAPTURED = "captured.safetensors"
 CALIBRATION = "calibration.images.safetensors"
 EVALUATION = "evaluation.images.safetensors"
+MESSAGES = ("confined", "stage", "warnings", "problem", "lost")
+"""The keys of what it says."""
 
 
 class Request(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from worker import sandbox, seccomp
+from worker import landlock, sandbox, seccomp
 from worker.sandbox import Limits
 
 MIB = 2**20
@@ -157,6 +158,15 @@ def test_what_the_child_cannot_do(tmp_path: Path, confinement: str, attempt: str
     assert lines[1].startswith("cannot: "), lines
     assert lines[2] == "own 7"
     assert outside.read_text() == "secret"
+
+
+def test_what_this_kernel_offers_is_in_force(tmp_path: Path) -> None:
+    _, lines = run("print(*inside, sep=',')", tmp_path)
+    in_force = set(lines[0].split(","))
+    assert in_force >= {"limits", "privileges"}
+    assert ("files" in in_force) == (landlock.version() > 0)
+    filtered = Path("/proc/sys/kernel/seccomp").exists() and platform.machine() in ("x86_64", "aarch64")
+    assert ("system calls" in in_force) == filtered
 
 
 def test_threads_and_libraries_work_inside(tmp_path: Path) -> None:
