@@ -77,10 +77,12 @@ def _drop_capabilities(libc: ctypes.CDLL) -> bool:
 
 
 def _python() -> list[Path]:
-    """Where the interpreter, what is installed beside it, and this project's packages lie."""
+    """Where the interpreter, what is installed, and this project's packages lie; not a whole checkout, which may hold
+    the service's data.
+    """
     prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
     paths = {Path(prefix) / lib for prefix in prefixes for lib in ("lib", "lib64", "pyvenv.cfg")}
-    paths |= {Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")}
+    paths |= {Path(entry) for entry in sys.path if any(Path(entry).glob("*.dist-info"))}
     for name in _PACKAGES:
         spec = find_spec(name)
         paths.update(map(Path, (spec.submodule_search_locations or ()) if spec else ()))
