@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aquant_core.capture_model import capture
-    from aquant_core.checkpoint import load
+    from aquant_core.checkpoint_torch import load
     from aquant_core.config import QuantizationConfig
     from aquant_core.graph import CapturedModel
     from aquant_core.images import ImageSet, check_images, read_images
@@ -30,7 +30,7 @@ _MODULE_OF_NAME = {
     "Resources": "resources",
     "capture": "capture_model",  # a module named capture would hide the function
     "check_images": "images",
-    "load": "checkpoint",
+    "load": "checkpoint_torch",
     "plan": "planning",
     "quantize": "pipeline",
     "read_images": "images",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -44,7 +47,8 @@ class BorderConfig(_Strict):
     ``stretched``: 2.5 (sigmoid(v) - 1/2) clipped, ``clip``: section 4.2's own). ``fusion``: ``channel_mean``
     is Eq. 9. ``alpha``: Eq. 9's weights, 1 or learned. ``granularity``: one border per im2col ``position``
     (the paper) or per input ``channel``. ``input_gradient``: whether the border's own dependence on its input
-    carries gradient.
+    carries gradient. ``bits``: in which each of its parameters is stored, and to which it is rounded when its block
+    is finished: 16 (the paper, section 5.3) or 8.
     """
 
     form: Literal["quadratic", "linear"] = "quadratic"
@@ -59,6 +63,9 @@ class BorderConfig(_Strict):
     alpha: Literal["fixed", "learned"] = "fixed"
     granularity: Literal["position", "channel"] = "position"
     input_gradient: bool = True
+    bits: Annotated[
+        Literal[16, 8], Field(description="In which each of its parameters is stored: fp16, or 8 bits with a step.")
+    ] = 16
 
     @model_validator(mode="after")
     def _refuse_meaningless(self) -> Self:
@@ -225,3 +232,24 @@ class QuantizationConfig(_Strict):
         """The named protocol with the switches that the configuration sets otherwise."""
         switches = self.protocol_switches.model_dump(exclude_none=True)
         return PROTOCOLS[self.protocol].model_copy(update=switches)
+
+
+def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command line's keys and values.
+
+    Args:
+        given: JSON, or the path of a file of it.
+        options: go over it where they are not None.
+
+    Raises:
+        ValueError: it is no JSON object, or the file cannot be read.
+    """
+    configuration: Any = {}
+    if given is not None:
+        try:
+            configuration = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given} is neither JSON nor a file of it: {error}") from error
+        if not isinstance(configuration, dict):
+            raise ValueError(f"{given} holds a {type(configuration).__name__}, not an object")
+    return {**configuration, **{name: value for name, value in options.items() if value is not None}}

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aquant_core.border import STORED_TYPE
 from aquant_core.config import BorderConfig, Method
 from aquant_core.errors import ResumeError
 from aquant_core.graph import Node
@@ -111,9 +110,9 @@ def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
         if part.activation_scale is not None:
             tensors[f"{node.name}.input_scale"] = part.activation_scale
         if part.border is not None:
-            tensors[f"{node.name}.border"] = part.border.coefficients.to(STORED_TYPE)
+            tensors[f"{node.name}.border"] = part.border.coefficients  # rounded to what is stored
             if part.border.alpha is not None:
-                tensors[f"{node.name}.alpha"] = part.border.alpha.to(STORED_TYPE)
+                tensors[f"{node.name}.alpha"] = part.border.alpha
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

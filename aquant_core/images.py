@@ -208,16 +208,23 @@ def check_images(
         warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
     if evaluation is not None:
         check_image_shape(model.input_shape, evaluation.images, "evaluation")
-        _check_labels(model, evaluation, "evaluation")
-    _check_labels(model, calibration, "calibration")
+        _check_labels_of(model, evaluation, "evaluation")
+    _check_labels_of(model, calibration, "calibration")
     return warnings
 
 
-def _check_labels(model: CapturedModel, images: ImageSet, what: Kind) -> None:
-    if images.labels is None:
-        return
-    classes = int(model(images.images[:1]).shape[1])
-    highest = int(images.labels.max())
+def _check_labels_of(model: CapturedModel, images: ImageSet, what: Kind) -> None:
+    if images.labels is not None:
+        check_labels(int(model(images.images[:1]).shape[1]), images, what)
+
+
+def check_labels(classes: int, images: ImageSet, what: Kind) -> None:
+    """Whether the labels, if there are any, are among the network's classes.
+
+    Raises:
+        ImageSetError: they are not.
+    """
+    highest = -1 if images.labels is None else int(images.labels.max())
     if highest >= classes:
         raise ImageSetError(
             f"The {what} labels go up to {highest}, the network has {classes} classes.",

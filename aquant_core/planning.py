@@ -18,10 +18,11 @@ from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
-from aquant_core.pipeline import protocol_of, size_of, versions
 from aquant_core.placement import mark_before
 from aquant_core.preparation import Preparation, prepare
 from aquant_core.progress import OnProgress, Progress
+from aquant_core.report.plan import PLAN_FORMAT
+from aquant_core.reporting import protocol_of, size_of, versions
 from aquant_core.resources import Resources
 
 
@@ -39,11 +40,7 @@ def plan(
     Args: those of ``quantize``.
 
     Returns:
-        JSON values: ``blocks`` (their layers, seconds, memory), ``layers`` and ``values`` (bits, border parameters),
-        ``other_bits`` (layers that are not at the bits asked for, at the protocol's 8 for instance), ``size`` (bytes as
-        the checkpoint will have them), ``forecast`` (seconds and memory in all), and what the report of a run says of
-        itself: ``method``, ``protocol``, ``preset``, ``settings``, ``config``, ``seed``, ``versions``, ``digests``,
-        ``device``, ``evaluation``, ``warnings``, ``seconds`` (of the plan itself).
+        JSON values, each described in ``aquant_core.report.plan``.
 
     Raises:
         AQuantError, pydantic.ValidationError: as ``quantize`` does.
@@ -60,6 +57,7 @@ def plan(
     layers = [_describe_layer(sketch, name) for name in sketch.layers]
     asked = (config.weight_bits, config.activation_bits)
     return {
+        "format": PLAN_FORMAT,
         "dry_run": True,
         "blocks": _describe_blocks(ready),
         "layers": layers,

@@ -7,10 +7,11 @@ import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aquant_core.config import read_configuration
 from service.administration import keys, owners
 from service.jobs.states import Device
 
@@ -87,7 +88,7 @@ def submit(
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
     ] = None,
     device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
@@ -103,8 +104,12 @@ def submit(
         "architecture": architecture,
         "seed": seed,
     }
+    try:
+        configuration = read_configuration(config, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error
     with _client(url, key) as client:
-        job = client.submit(model, calibration, _configuration(config, options), evaluation, device)
+        job = client.submit(model, calibration, configuration, evaluation, device)
         typer.echo(job.id)
         if watch:
             _follow(client, job.id)
@@ -139,10 +144,15 @@ def list_jobs(
 
 
 @app.command()
-def report(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Print the report of a job that succeeded, as JSON."""
+def report(
+    job_id: JobId,
+    html: Annotated[bool, typer.Option("--html", help="A page to be looked at, instead of JSON.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Print the report of a job that succeeded."""
     with _client(url, key) as client:
-        typer.echo(json.dumps(client.report(job_id), indent=2))
+        typer.echo(client.report_page(job_id) if html else json.dumps(client.report(job_id), indent=2))
 
 
 @app.command()
@@ -210,19 +220,6 @@ def _client(url: str, key: str | None) -> Client:
     from service.client import Client
 
     return Client(url, key=key)
-
-
-def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    configuration: dict[str, Any] = {}
-    if path is not None:
-        try:
-            configuration = json.loads(path.read_text())
-        except ValueError as error:
-            raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
-        if not isinstance(configuration, dict):
-            kind = type(configuration).__name__
-            raise typer.BadParameter(f"{path} holds a {kind}, not an object", param_hint="--config")
-    return configuration | {name: value for name, value in options.items() if value is not None}
 
 
 def _follow(client: Client, job_id: str) -> None:

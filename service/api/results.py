@@ -10,9 +10,12 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from aquant_core.report.plan import Plan
+from aquant_core.report.schema import Report
 from service.api.auth import Owner, OwnerDep
 from service.api.deps import PartsDep
 from service.api.problems import RESPONSE, problem
+from service.api.report_pages import page_of, prefers_page
 from service.jobs.errors import ArtifactNotReadyError, DryRunError
 from service.jobs.states import JobState
 
@@ -28,13 +31,25 @@ class _File:
     etag: str
 
 
-@router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
+@router.get("/jobs/{job_id}/report", response_model=Report | Plan, responses={200: {"content": {"text/html": {}}}})
 async def report(
-    parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
+    parts: PartsDep,
+    owner: OwnerDep,
+    job_id: str,
+    accept: Annotated[str | None, Header(description="text/html for a page, else JSON.")] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The accuracy report of a job that succeeded."""
+    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page.
+
+    That of a dry run is its plan, and JSON alone.
+    """
     file = await run_in_threadpool(_find, owner, job_id, "report")
-    headers = {"ETag": file.etag}
+    if prefers_page(accept):
+        body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
+        page = await run_in_threadpool(page_of, body, if_none_match)
+        if page is not None:
+            return page
+    headers = {"ETag": file.etag, "Vary": "Accept"}
     if if_none_match is not None and file.etag in if_none_match:
         return Response(status_code=304, headers=headers)
     body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)

@@ -1,0 +1,199 @@
+"""The core's commands, which need no service: ``aquant quantize`` and ``aquant eval``.
+
+``service.cli`` finds them by the entry points in pyproject.toml, and says what is to be installed where importing this
+module fails. It imports nothing heavy itself, since every command of ``aquant`` imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aquant_core.config import QuantizationConfig, read_configuration
+from aquant_core.errors import AQuantError
+from aquant_core.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+for _name in ("numpy", "onnxruntime", "safetensors", "torch"):
+    if importlib.util.find_spec(_name) is None:
+        raise ModuleNotFoundError(f"the core's commands need {_name}", name=_name)
+
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
+    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
+        "quantized.safetensors"
+    ),
+    weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")] = None,
+    preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON."),
+    ] = None,
+    resume_from: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
+    ] = None,
+    device: _Device = "cpu",
+) -> None:
+    """Quantize a network on this machine, without a service."""
+    options = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "method": method,
+        "preset": preset,
+        "architecture": architecture,
+        "seed": seed,
+    }
+    try:
+        configuration = QuantizationConfig.model_validate(read_configuration(config, options))
+    except ValueError as error:
+        if type(error) is not ValueError:  # what pydantic says is told by the caller
+            raise
+        raise typer.BadParameter(str(error), param_hint="--config") from error
+    for option, path in (("--output", output), ("--report", report)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=option)
+    chosen = _device(device)
+
+    from aquant_core.pipeline import quantize as run
+    from aquant_core.report.page import render
+    from aquant_core.resources import Resources
+
+    with _errors_told():
+        result = run(
+            model,
+            calibration,
+            configuration,
+            evaluation,
+            _Printed(),
+            resources=Resources(chosen),
+            resume_from=resume_from,
+        )
+        result.save(output)
+    if report is not None:
+        page = report.suffix.lower() in (".html", ".htm")
+        text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
+        report.write_text(text, encoding="utf-8")
+    for warning in result.report["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    for name, measured in (result.report["accuracy"] or {}).items():
+        typer.echo(f"{name:<10} {_percent(measured['top1'])} of {measured['n']:,}")
+    if result.report["accuracy"] is None:
+        for name, measured in result.report["fidelity"].items():
+            typer.echo(f"{name:<10} decides as the float network on {_percent(measured['agreement'])}")
+    typer.echo(f"{output}  {output.stat().st_size:,} bytes (float32: {result.report['size']['float_bytes']:,})")
+
+
+def evaluate(
+    network: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A checkpoint, or ONNX.")],
+    images: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Another checkpoint or ONNX: how often both decide alike."),
+    ] = None,
+    integers: Annotated[bool, typer.Option("--integers", help="Run checkpoints on integers (IntegerModel).")] = False,
+    device: _Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a network: accuracy where the images have labels, agreement with another network."""
+    chosen = _device(device)
+
+    from aquant_core.evaluation import accuracy, fidelity, wilson_interval
+    from aquant_core.images import read_images
+    from aquant_core.networks import open_network
+
+    measured: dict[str, Any] = {"network": str(network)}
+    with _errors_told():
+        read = read_images(images, "evaluation")
+        if read.labels is None and against is None:
+            raise typer.BadParameter(f"{images} has no labels: give --against another network", param_hint="--images")
+        logits = open_network(network, chosen, integers).logits_of(read)
+        if read.labels is not None:
+            measured["accuracy"] = accuracy(logits, read.labels)
+        if against is not None:
+            other = open_network(against, chosen, integers).logits_of(read)
+            if other.shape != logits.shape:
+                classes = f"{logits.shape[1]} and {other.shape[1]}"
+                raise typer.BadParameter(f"the networks have {classes} classes", param_hint="--against")
+            found = fidelity(logits, other)
+            interval = [round(bound, 6) for bound in wilson_interval(found["agreement"], found["n"])]
+            measured["fidelity"] = {"against": str(against), **found, "interval": interval}
+    if as_json:
+        typer.echo(json.dumps(measured, indent=2))
+        return
+    for name, share in (("accuracy", "top1"), ("fidelity", "agreement")):
+        if name in measured:
+            part = measured[name]
+            low, high = (_percent(bound) for bound in part["interval"])
+            typer.echo(f"{share:<10} {_percent(part[share])}  (95 %: {low} to {high}; {part['n']:,} images)")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{name!r} is no device", param_hint="--device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"there are {torch.cuda.device_count()} CUDA devices", param_hint="--device")
+    return device
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    """Errors meant for the user, without a traceback."""
+    try:
+        yield
+    except AQuantError as error:
+        typer.echo(f"{error.detail} {error.remedy}", err=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        typer.echo(f"{error.filename or 'A file'}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from error
+
+
+class _Printed:
+    """Prints progress to stderr, a line for each stage and block, as a log has it."""
+
+    def __init__(self) -> None:
+        self._told: tuple[str, str | None, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        step = (progress.stage, progress.method, progress.block)
+        if step == self._told:
+            return
+        self._told = step
+        words = [progress.stage, progress.method or ""]
+        if progress.block:
+            words.append(f"block {progress.block} of {progress.blocks}")
+        if progress.eta_seconds is not None:
+            words.append(f"{progress.eta_seconds:.0f} s left")
+        typer.echo(" ".join(word for word in words if word), err=True)
