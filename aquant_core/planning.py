@@ -52,6 +52,9 @@ def plan(
         config = QuantizationConfig.model_validate(config)
     ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
     tell(Progress("forecast", blocks=ready.count, forecast=ready.forecast))
+    warnings = list(ready.warnings)
+    if config.target is not None:
+        warnings.append("The search for the target tries several networks: this is of one, at the lowest widths.")
     sketch = _sketch(ready)
     method = ready.schedules[config.method].method
     layers = [_describe_layer(sketch, name) for name in sketch.layers]
@@ -75,7 +78,7 @@ def plan(
         "seed": config.seed,
         "versions": versions(),
         "digests": ready.digests,
-        "warnings": ready.warnings,
+        "warnings": warnings,
         "seconds": round(time.monotonic() - started, 3),
     }
 

@@ -105,3 +105,8 @@ def test_refusals_are_those_of_a_run() -> None:
 def test_quantize_does_not_run_what_asks_for_a_forecast() -> None:
     with pytest.raises(DryRunError, match=r"aquant_core\.plan"):
         quantize(NET, IMAGES, config())
+
+
+def test_of_a_search_it_is_said_that_this_is_one_network() -> None:
+    planned = plan(NET, IMAGES, config(target={"max_accuracy_drop": 1}), preset=SHORT)
+    assert "tries several networks" in planned["warnings"][-1]
