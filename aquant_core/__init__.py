@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aquant_core.graph import CapturedModel
     from aquant_core.images import ImageSet, check_images, read_images
     from aquant_core.pipeline import QuantizationResult, quantize
+    from aquant_core.planning import plan
     from aquant_core.progress import Progress
     from aquant_core.resources import Resources
     from aquant_core.runtime import IntegerModel
@@ -31,6 +32,7 @@ _MODULE_OF_NAME = {
     "capture": "capture_model",  # a module named capture would hide the function
     "check_images": "images",
     "load": "checkpoint_torch",
+    "plan": "planning",
     "quantize": "pipeline",
     "read_images": "images",
     "write_onnx": "export_onnx",
@@ -47,6 +49,7 @@ __all__ = [
     "capture",
     "check_images",
     "load",
+    "plan",
     "quantize",
     "read_images",
     "write_onnx",

@@ -31,7 +31,9 @@ _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 def quantize(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
         "quantized.safetensors"
     ),
@@ -54,6 +56,9 @@ def quantize(
     resume_from: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
+    ] = False,
     device: _Device = "cpu",
 ) -> None:
     """Quantize a network on this machine, without a service."""
@@ -64,6 +69,7 @@ def quantize(
         "preset": preset,
         "architecture": architecture,
         "seed": seed,
+        "dry_run": dry_run or None,
     }
     try:
         configuration = QuantizationConfig.model_validate(read_configuration(config, options))
@@ -77,9 +83,15 @@ def quantize(
     chosen = _device(device)
 
     from aquant_core.pipeline import quantize as run
+    from aquant_core.planning import plan
     from aquant_core.report.page import render
     from aquant_core.resources import Resources
 
+    if configuration.dry_run:
+        with _errors_told():
+            document = plan(model, calibration, configuration, evaluation, _Printed(), resources=Resources(chosen))
+        typer.echo(json.dumps(document, indent=2))
+        return
     with _errors_told():
         result = run(
             model,

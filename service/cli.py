@@ -102,7 +102,9 @@ def migrate() -> None:
 @app.command()
 def submit(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     evaluation: Annotated[

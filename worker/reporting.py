@@ -34,23 +34,42 @@ def publish(
     where the commit does not make the files the job's, they are deleted again.
     """
     checkpoint = folder / "quantized.safetensors"
-    report = folder / "report.json"
     result.save(checkpoint)
-    exported = _export(result, folder)
-    document = {
-        **result.report,
-        "warnings": list(dict.fromkeys([*warnings, *result.report.get("warnings", [])])),
-    }
-    report.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
+    name, exported = _export(result, folder)
+    report = _write_report(result.report, warnings, folder)
+    files = {"report": report, "checkpoint": checkpoint, name: exported}
+    return _finish(claim, "save", files, artifacts, sessions)
+
+
+def publish_plan(
+    claim: Claim,
+    document: dict[str, Any],
+    warnings: list[str],
+    folder: Path,
+    artifacts: Artifacts,
+    sessions: sessionmaker[Session],
+) -> JobState | None:
+    """The same for a dry run, whose report is all it has."""
+    files = {"report": _write_report(document, warnings, folder)}
+    return _finish(claim, "forecast", files, artifacts, sessions)
+
+
+def _write_report(document: dict[str, Any], warnings: list[str], folder: Path) -> Path:
+    path = folder / "report.json"
+    document = {**document, "warnings": list(dict.fromkeys([*warnings, *document.get("warnings", [])]))}
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
+    return path
+
+
+def _finish(
+    claim: Claim, stage: str, files: dict[str, Path], artifacts: Artifacts, sessions: sessionmaker[Session]
+) -> JobState | None:
     prefix = f"{job_prefix(claim.job_id)}attempt-{claim.attempt}/"
     state = None
     try:
-        files = [
-            _record(claim, name, artifacts, prefix, path)
-            for name, path in (("report", report), ("checkpoint", checkpoint), exported)
-        ]
+        records = [_record(claim, name, artifacts, prefix, path) for name, path in files.items()]
         with sessions.begin() as session:
-            state = JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=files)
+            state = JobRepository(session).finish(claim, JobState.SUCCEEDED, stage, artifacts=records)
     finally:
         if state != JobState.SUCCEEDED:
             artifacts.discard(prefix)

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from aquant_core.report.plan import Plan
 from aquant_core.report.schema import Report
 from service.api.auth import Owner, OwnerDep
 from service.api.deps import Parts, PartsDep
 from service.api.problems import RESPONSE, problem
 from service.api.report_pages import page_of, prefers_page
-from service.jobs.errors import ArtifactNotReadyError, OnnxUnavailableError
+from service.jobs.errors import ArtifactNotReadyError, DryRunError, OnnxUnavailableError
 from service.jobs.records import ONNX_PROBLEM
 from service.jobs.schemas import Problem
 from service.jobs.states import JobState
@@ -32,7 +33,7 @@ class _File:
     etag: str
 
 
-@router.get("/jobs/{job_id}/report", response_model=Report, responses={200: {"content": {"text/html": {}}}})
+@router.get("/jobs/{job_id}/report", response_model=Report | Plan, responses={200: {"content": {"text/html": {}}}})
 async def report(
     parts: PartsDep,
     owner: OwnerDep,
@@ -40,7 +41,10 @@ async def report(
     accept: Annotated[str | None, Header(description="text/html for a page, else JSON.")] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page."""
+    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page.
+
+    That of a dry run is its plan, and JSON alone.
+    """
     file = await run_in_threadpool(_find, owner, job_id, "report")
     if prefers_page(accept):
         body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
@@ -147,6 +151,10 @@ def _find(owner: Owner, job_id: str, name: str) -> _File:
     with owner.jobs() as jobs:
         job = jobs.get(job_id)
         artifact = job.artifact(name)
+        if artifact is None and name != "report" and job.config.get("dry_run"):
+            raise DryRunError(
+                f"Job {job_id} is a dry run, which has no {name}.", "Read its report; submit it again without dry_run."
+            )
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",

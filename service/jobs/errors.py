@@ -120,6 +120,24 @@ class ImagesInvalidError(ServiceError):
     code = "images_invalid"
 
 
+class PreprocessMissingError(ServiceError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
+class PreprocessUnusedError(ServiceError):
+    """The configuration says how image files are prepared, and there are none."""
+
+    code = "preprocess_unused"
+
+
+class DryRunError(ServiceError):
+    """A job that forecasts and does not run has no checkpoint."""
+
+    code = "dry_run_has_no_checkpoint"
+
+
 class KeyMissingError(ServiceError):
     """The service asks for an API key, and the request has none."""
 

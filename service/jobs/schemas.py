@@ -5,10 +5,18 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.states import FINISHED, Device, JobState
+
+_MAX_WORDS = 2_000
+
+
+def _fit_to_show(text: str) -> str:
+    """It may name what stands in an upload, of any length and in any characters."""
+    shown = "".join(character if character.isprintable() else " " for character in text[:_MAX_WORDS])
+    return shown if len(text) <= _MAX_WORDS else f"{shown}..."
 
 
 class Problem(BaseModel):
@@ -22,8 +30,8 @@ class Problem(BaseModel):
         int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
     ] = None
     code: Annotated[str, Field(description="Stable identifier of the kind of problem.")]
-    detail: Annotated[str, Field(description="What was wrong, naming the value.")]
-    remedy: Annotated[str, Field(description="What to do about it.")]
+    detail: Annotated[str, AfterValidator(_fit_to_show), Field(description="What was wrong, naming the value.")]
+    remedy: Annotated[str, AfterValidator(_fit_to_show), Field(description="What to do about it.")]
 
     @classmethod
     def of_job(cls, code: str, detail: str, remedy: str) -> Problem:

@@ -19,7 +19,7 @@ from service.artifacts import Artifacts
 from service.jobs.records import ONNX_PROBLEM, JobRecord
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.states import JobState
-from worker.reporting import publish
+from worker.reporting import publish, publish_plan
 
 pytestmark = pytest.mark.parametrize("storage", PAIRS, indirect=True)
 
@@ -80,6 +80,20 @@ def test_onnx_or_why_there_is_none(
         assert "onnx" not in found
         problem = json.loads(artifacts.get_bytes(found[ONNX_PROBLEM]))
         assert (problem["code"], problem["detail"]) == ("onnx_export_unsupported", "Layer 'fc' is of paper.")
+
+
+def test_a_dry_run_has_a_report_alone(
+    claimed: Callable[..., Claim], sessions: Sessions, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    state = publish_plan(claimed(), {"dry_run": True, "warnings": ["b"]}, ["a"], tmp_path, artifacts, sessions)
+    assert state == JobState.SUCCEEDED
+    with sessions() as session:
+        job = JobRepository(session).get("job")
+        report = job.artifact("report")
+    assert report is not None
+    assert json.loads(artifacts.get_bytes(report.key)) == {"dry_run": True, "warnings": ["a", "b"]}
+    assert [artifact.name for artifact in job.artifacts] == ["report"]
+    assert (job.state, job.stage) == (JobState.SUCCEEDED, "forecast")
 
 
 def test_outlived_attempt_leaves_no_file(

@@ -82,6 +82,17 @@ def test_onnx_that_cannot_be_says_why(
     assert (problem["detail"], problem["remedy"]) == ("Layer 'fc' is of paper.", "Use glue.")
 
 
+@in_a_folder
+def test_a_dry_run_has_no_checkpoint(web: Client, sessions: sessionmaker[Session], add_job: Callable[..., str]) -> None:
+    job_id = add_job()
+    with sessions.begin() as session:
+        job = JobRepository(session).get(job_id)
+        job.config = {**job.config, "dry_run": True}
+    checkpoint, report = (web.get(f"/jobs/{job_id}/{name}") for name in ("checkpoint", "report"))
+    assert (checkpoint.status_code, checkpoint.json()["code"]) == (404, "dry_run_has_no_checkpoint")
+    assert (report.status_code, report.json()["code"]) == (409, "artifact_not_ready")  # not yet
+
+
 @pytest.mark.parametrize(
     ("asked", "start", "stop"),
     [("0-0", 0, 1), ("10-19", 10, 20), ("2550-", 2550, 2560), ("-7", 2553, 2560), ("0-99999", 0, 2560)],
