@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aquant_core import checkpoint_torch
-from aquant_core.capture_model import capture
-from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError
-from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
-from aquant_core.finished_blocks import FinishedBlocks
-from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import forecast, together
+from aquant_core.config import Method, QuantizationConfig
+from aquant_core.errors import DryRunError, NonFiniteError
+from aquant_core.evaluation import logits_of
+from aquant_core.export_onnx import write_onnx
+from aquant_core.finished_blocks import FinishedBlocks, words_of_widths
+from aquant_core.forecast import Forecast
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
-from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
+from aquant_core.images import ImageSet
+from aquant_core.measurements import clipped_shares, measure
+from aquant_core.methods import METHODS, Preset
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
-from aquant_core.partition import partition
-from aquant_core.placement import mark_before, shortcut_of
+from aquant_core.preparation import prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
+from aquant_core.report.commands import Sources
+from aquant_core.reporting import Calibrated, Outcome, report_of
 from aquant_core.resources import Resources
+from aquant_core.sensitivity import sensitivity
 from aquant_core.sequence import Run, reconstruct_blocks
-
-_HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
-"""Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
+from aquant_core.target import Task, search
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,21 @@ class QuantizationResult:
 
     Attributes:
         model: a module from images to logits.
-        report: JSON values; see DESIGN's report.
+        report: JSON values (see ``aquant_core.report.schema``).
     """
 
     model: QuantizedModel
     report: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Writes the checkpoint (see docs/checkpoint.md)."""
+        """Writes the checkpoint (see docs/checkpoint.md); its size is noted in the report."""
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
         checkpoint_torch.save(self.model, path, about)
+        self.report["size"]["checkpoint_bytes"] = Path(path).stat().st_size
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the network as ONNX (see ``aquant_core.write_onnx``)."""
+        write_onnx(self.model, path)
 
 
 def quantize(
@@ -81,232 +86,188 @@ def quantize(
         AQuantError: one of its subclasses, before any reconstruction.
         pydantic.ValidationError: ``config`` is a dict with a key or value that a ``QuantizationConfig`` does not take.
     """
-    started = time.monotonic()
-    tell = on_progress or (lambda _: None)
-    tell(Progress("capture"))
     if isinstance(config, dict):
         config = QuantizationConfig.model_validate(config)
-    calibration = _image_set(calibration, "calibration")
-    evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
-    captured = capture(model, config.architecture, calibration.images[:2])
-    warnings = check_images(captured, calibration, config, evaluation)
-    resources = resources or Resources()
-    graph = fold_batch_norm(captured).to(resources.device)
-    digests = {"model": captured.digest(), "calibration": calibration.digest()}
-    if evaluation is None:
-        calibration, evaluation = _hold_back(calibration)
-        warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
-    digests["evaluation"] = evaluation.digest()
-
-    preset = preset or PRESETS[config.preset]
-    if config.iterations is not None:
-        preset = replace(preset, iterations=config.iterations)
-    methods = [config.method, *config.compare]
-    schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
-    graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
-    blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
-    count = sum(block.has_parts for block in blocks[config.method])
-    learned = [name for name in methods if schedules[name].method.reconstruct]
-    forecasts = {
-        name: forecast(
-            graphs[name],
-            blocks[name],
-            calibration.images,
-            config,
-            schedules[name],
-            resources,
-            partial(tell, Progress("forecast", blocks=count, method=name)),
-            others=len(learned) - 1,
+    if config.dry_run:
+        raise DryRunError(
+            "dry_run asks for a forecast, and this would run.", "Call aquant_core.plan, or leave dry_run out."
         )
-        for name in learned
-    }
-    expected = together(list(forecasts.values())).document() if learned else None
-    tell(Progress("nearest", blocks=count, forecast=expected))
-    weights = search_weights(graph, config)
+    if config.target is not None and resume_from is None:  # candidates take blocks from each other by way of files
+        with TemporaryDirectory(prefix="aquant-search-", dir=resources.folder if resources else None) as folder:
+            return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder)
+    clock = _Clock()
+
+    def tell(progress: Progress) -> None:
+        clock.enter(progress.stage)
+        if on_progress is not None:
+            on_progress(progress)
+
+    tell(Progress("capture"))
+    sources = Sources(
+        _name(model, "MODEL"),
+        _name(calibration, "CALIBRATION"),
+        None if evaluation is None else _name(evaluation, "EVALUATION"),
+    )
+    ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
+    preset, resources = ready.preset, ready.resources
+    captured, graph, graphs, blocks, count = ready.captured, ready.graph, ready.graphs, ready.blocks, ready.count
+    calibration, evaluation, digests, warnings = ready.calibration, ready.evaluation, ready.digests, ready.warnings
+    schedules, methods, learned = ready.schedules, list(ready.schedules), list(ready.forecasts)
+    forecasts, expected = ready.forecasts, ready.forecast
+    searching = config.target is not None
+    tell(Progress("search" if searching else "nearest", blocks=count, forecast=None if searching else expected))
     float_logits = logits_of(graph, evaluation.images, resources.device)
     if not float_logits.isfinite().all():
         raise NonFiniteError(
             "The float network gives NaN or infinity for some evaluation images.",
             "Check its weights, and the images' scaling.",
         )
+
+    def finished(name: Method, widths: QuantizationConfig) -> FinishedBlocks:
+        assert resume_from is not None
+        identity = _identity(digests, len(calibration), config, schedules[name])
+        words = words_of_widths(graphs[name], blocks[name], widths) if searching else None
+        return FinishedBlocks(Path(resume_from), identity, name, words)
+
+    chosen, target = config, None
+    if searching:
+        name = config.method
+        task = Task(
+            name,
+            graphs[name],
+            blocks[name],
+            schedules[name],
+            forecasts.get(name, Forecast()),
+            calibration.images,
+            evaluation,
+            float_logits,
+            resources,
+            partial(finished, name),
+        )
+        found = search(task, graph, config, tell)
+        chosen, target = found.config, found.document
+        expected = found.forecast.document() if learned else None
+        warnings += found.warnings
+    weights = search_weights(graph, chosen)
     models = {
-        name: quantize_to_nearest(graphs[name], calibration.images, config, schedules[name].method.placement, weights)
+        name: quantize_to_nearest(graphs[name], calibration.images, chosen, schedules[name].method.placement, weights)
         for name in methods
     }
     nearest = next((models[name] for name in methods if schedules[name].method.placement == "input"), None)
     if nearest is None:
         nearest_graph = marked(graph, config, METHODS["nearest"])
-        nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
-    logits = {"float": float_logits, "nearest": logits_of(nearest, evaluation.images, resources.device)}
+        nearest = quantize_to_nearest(nearest_graph, calibration.images, chosen, weights=weights)
+    nearest_logits = logits_of(nearest, evaluation.images, resources.device)
     del weights, nearest
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
     if resume_from is not None:
         for name, run in runs.items():
-            identity = _identity(digests, len(calibration), config, run)
-            run.finished = FinishedBlocks(Path(resume_from), identity, name)
+            run.finished = finished(name, chosen)
     if runs:
+        clock.enter("reconstruct")
         reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
 
-    comparison = []
+    logits = {}
     for name, quantized in models.items():
         tell(Progress("evaluate", blocks=count, method=name))
         quantized.requires_grad_(False).eval()
         for layer in quantized.layers.values():
             layer.a_rounding = schedules[name].method.a_rounding
-        of_method = logits_of(quantized, evaluation.images, resources.device)
-        if not of_method.isfinite().all():
-            warnings.append(f"The outputs of {name}'s network hold NaN or infinity: it is of no use as it is.")
-        history = runs[name].history if name in runs else []
-        comparison.append(_comparison(name, quantized, of_method, float_logits, evaluation, history))
-        if name == config.method:
-            logits["quantized"] = of_method
+        logits[name] = logits_of(quantized, evaluation.images, resources.device)
     main = models[config.method]
-    digests["logits"] = logits_digest(logits["quantized"])
-    report = {
-        "accuracy": None
-        if evaluation.labels is None
-        else {name: accuracy(values, evaluation.labels) for name, values in logits.items()},
-        "fidelity": {name: fidelity(values, float_logits) for name, values in logits.items() if name != "float"},
-        "comparison": comparison,
-        "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
-        "blocks": runs[config.method].history if config.method in runs else [],
-        "forecast": expected,
-        "device": str(resources.device),
-        "layers": [_describe_layer(main, name) for name in main.layers],
-        "values": [_describe_value(main, name) for name in main.quantizers],
-        "size": _size(captured, main),
-        "method": config.method,
-        "protocol": _protocol(config, main, schedules[config.method].method),
-        "preset": vars(preset) | {"name": config.preset},
-        "settings": vars(schedules[config.method].method),
-        "config": config.model_dump(mode="json"),
-        "seed": config.seed,
-        "versions": versions(),
-        "digests": digests,
-        "warnings": warnings,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    return QuantizationResult(main, report)
-
-
-def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
-    if isinstance(images, str | Path):
-        return read_images(images, what)
-    if isinstance(images, Tensor):
-        images = ImageSet(images)
-    if not isinstance(images, ImageSet):
-        raise ImageSetError(
-            f"The {what} images are a {type(images).__name__}.",
-            "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
+    sensitivities = None
+    if config.sensitivity:
+        sensitivities = sensitivity(
+            graph,
+            chosen,
+            calibration.images,
+            schedules[config.method],
+            {"float": float_logits, "quantized": logits[config.method]},
+            evaluation.labels,
+            resources,
+            forecasts.get(config.method, Forecast()).placement,
+            lambda begun, tries: tell(
+                Progress("sensitivity", blocks=count, iteration=begun, iterations=tries, method=config.method)
+            ),
         )
-    check_values(images.images, what)
-    return images
+    clock.enter("measure")
+    report = report_of(
+        Outcome(
+            captured=captured,
+            sources=sources,
+            config=config,
+            preset=preset,
+            settings=schedules[config.method].method,
+            device=str(resources.device),
+            evaluation=evaluation,
+            models=models,
+            histories={name: runs[name].history if name in runs else [] for name in methods},
+            float_logits=float_logits,
+            nearest_logits=nearest_logits,
+            logits=logits,
+            calibrated=_calibrated(graph, main, calibration, len(evaluation), resources.device),
+            measurements=measure(main, blocks[config.method], evaluation.images),
+            forecast=expected,
+            digests=digests,
+            warnings=warnings,
+            target=target,
+            sensitivity=sensitivities,
+        )
+    )
+    return QuantizationResult(main, report | clock.document())
 
 
-def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, run: Run) -> dict[str, Any]:
-    """What decides how a method's blocks come out; ``images`` are those not held back."""
-    return {
-        "digests": {name: digests[name] for name in ("model", "calibration")},
-        "images": images,
-        "config": config.model_dump(mode="json", exclude={"method", "compare"}),
-        "protocol": config.resolved_protocol.model_dump(),
-        "preset": vars(run.schedule.preset),
-        "settings": vars(run.schedule.method),
-    }
+class _Clock:
+    """Seconds of each stage of a run."""
+
+    def __init__(self) -> None:
+        self._started = self._entered = time.monotonic()
+        self._stage, self._seconds = "", dict[str, float]()
+
+    def enter(self, stage: str) -> None:
+        """Ends the stage before."""
+        if stage != self._stage:
+            now = time.monotonic()
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._entered
+            self._stage, self._entered = stage, now
+
+    def document(self) -> dict[str, Any]:
+        """``seconds`` in all, and of each stage, until now."""
+        self.enter("")
+        stages = {stage: round(seconds, 3) for stage, seconds in self._seconds.items() if stage}
+        return {"seconds": round(time.monotonic() - self._started, 3), "stages": stages}
 
 
-def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Splits off the last images, to measure on what was not learned from."""
-    count = max(min(len(calibration) // _HELD_BACK_SHARE, _HELD_BACK_AT_MOST), 1)
-    labels = calibration.labels
-    return (
-        ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
-        ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
+def _calibrated(
+    graph: CapturedModel, model: QuantizedModel, calibration: ImageSet, at_most: int, device: torch.device
+) -> Calibrated:
+    """What both networks make of the calibration images, as many as there are evaluation images."""
+    images, labels = calibration.images[:at_most], calibration.labels
+    return Calibrated(
+        float_logits=logits_of(graph, images, device),
+        logits=logits_of(model, images, device),
+        labels=None if labels is None else labels[:at_most],
+        clipped_shares=clipped_shares(model, images),
     )
 
 
-def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
-    """A layer; where its input is quantized before it reaches it, ``input_from`` names the value in ``values``."""
-    layer = model.layers[name]
-    mark = mark_before(model.graph, name)
+def _name(source: object, otherwise: str) -> str:
+    """Its path, if it is one."""
+    return str(source) if isinstance(source, str | Path) else otherwise
+
+
+def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, schedule: Schedule) -> dict[str, Any]:
+    """What decides how a method's blocks come out; ``images`` are those not held back.
+
+    In a search the layers' widths are part of the blocks' names instead, and what is wanted of the network is none of
+    the blocks' business: a search for another target takes them, too.
+    """
+    beside = {"method", "compare", "target", "sensitivity"} | ({"layers"} if config.target is not None else set())
     return {
-        "name": name,
-        "op": layer.op,
-        "weight_shape": list(layer.float_weight.shape),
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits if mark is None else model.quantizers[mark].activation_bits,
-        "input_from": mark,
-        "step": None if layer.activation_scale is None else float(layer.activation_scale),
-        "zero_point": layer.zero_point,
-        "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
+        "digests": {name: digests[name] for name in ("model", "calibration")},
+        "images": images,
+        "config": config.model_dump(mode="json", exclude=beside),
+        "protocol": config.resolved_protocol.model_dump(),
+        "preset": vars(schedule.preset),
+        "settings": vars(schedule.method),
     }
-
-
-def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
-    tensors = checkpoint_torch.tensors_of(model)
-    borders = [layer.border for layer in model.layers.values() if layer.border is not None]
-    parameters = sum(border.number_of_parameters() for border in borders)
-    folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
-    return {
-        "float_bytes": captured.float_bytes(),
-        "quantized_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "border_bytes": sum(tensor.nbytes for border in borders for tensor in border.stored()[0].values()),
-        "border_parameters": parameters,
-        "border_share": round(parameters / folded, 6),
-    }
-
-
-def _describe_value(model: QuantizedModel, name: str) -> dict[str, Any]:
-    """A value that is quantized where it is made."""
-    part = model.quantizers[name]
-    step = None if part.activation_scale is None else float(part.activation_scale)
-    return {"name": name, "bits": part.activation_bits, "step": step, "zero_point": part.zero_point}
-
-
-def _comparison(
-    method: Method,
-    model: QuantizedModel,
-    logits: Tensor,
-    float_logits: Tensor,
-    evaluation: ImageSet,
-    history: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """One method's row of the report's table."""
-    return {
-        "method": method,
-        "accuracy": None if evaluation.labels is None else accuracy(logits, evaluation.labels),
-        "fidelity": fidelity(logits, float_logits),
-        "shortcut": shortcut_of(model.graph),
-        "block_errors": {block["name"]: block["error_after"] for block in history},
-        "border_parameters": sum(
-            layer.border.number_of_parameters() for layer in model.layers.values() if layer.border is not None
-        ),
-        "seconds": round(sum(block["seconds"] for block in history), 3),
-        "logits": logits_digest(logits),
-    }
-
-
-def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
-    """What published tables mix silently (see docs/method.md), as it was for this network."""
-    switches = config.resolved_protocol.model_dump()
-    if (shortcut := shortcut_of(model.graph)) is not None:
-        switches["shortcut"] = shortcut
-    named = PROTOCOLS[config.protocol].model_dump()
-    changed = [f"{name} {width}" for name, width in switches.items() if width != named[name]]
-    return {
-        "name": ", ".join([config.protocol, *changed]),
-        **switches,
-        "first_last_bits": config.first_last_bits,
-        "activations_quantized_at": f"layer {method.placement}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    packages = {}
-    for name in ("aquant-service", "torch", "numpy", "numba"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "machine": platform.machine(), **packages}

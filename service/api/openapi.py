@@ -35,7 +35,10 @@ SUBMISSION: dict[str, Any] = {
                     "properties": {
                         "config": {"$ref": f"{_SCHEMAS}QuantizationConfig-Input"},
                         "model": _file("ONNX, or a safetensors or .pth state dict."),
-                        "calibration": _file("Images (N, C, H, W): .npz (`images`, `labels`), .npy ..."),
+                        "calibration": _file(
+                            "Images: .npz (`images`, `labels`), .npy, safetensors; or a zip or tar of image files, "
+                            "with `preprocess`."
+                        ),
                         "evaluation": _file("Labelled images to measure accuracy on."),
                         "device": {
                             "type": "string",

@@ -112,7 +112,8 @@ def test_adaround_learns_layer_by_layer_and_weights_alone() -> None:
     one_layer = [0, 10, 20, 30, 40, 50, 59]
     assert blocks[1]["loss"]["iterations"] == [*one_layer, *(60 + step for step in one_layer)]
     assert blocks[1]["error_after"] < blocks[1]["error_before"]
-    assert result.report["values"] == plain.report["values"]  # the searched steps
+    steps, searched = ([value["step"] for value in each.report["values"]] for each in (result, plain))
+    assert steps == searched
     assert [value["name"] for value in result.report["values"]] == VALUES
     assert result.report["digests"]["logits"] != plain.report["digests"]["logits"]
 
@@ -131,7 +132,10 @@ def test_the_step_of_an_output_moves_where_the_method_learns_it(method: Method, 
 def test_a_rounding_learns_nothing_and_flips_at_inference() -> None:
     result, nearest = run(method="a_rounding"), run(method="nearest")
     assert result.report["blocks"] == []
-    assert result.report["layers"] == nearest.report["layers"]
+    for layer, to_nearest in zip(result.report["layers"], nearest.report["layers"], strict=True):
+        assert layer["sqnr_db"]["input"] is None  # the flips are made inside the product
+        for key in ("step", "zero_point", "weight_bits", "activation_bits"):
+            assert layer[key] == to_nearest[key]
     fidelity = result.report["fidelity"]
     assert fidelity["nearest"] == nearest.report["fidelity"]["quantized"] != fidelity["quantized"]
     assert all(layer.a_rounding for layer in result.model.layers.values())
@@ -143,8 +147,9 @@ def test_a_rounding_learns_nothing_and_flips_at_inference() -> None:
 
 def test_nearest_learns_nothing() -> None:
     stages: list[str] = []
-    result = run(lambda progress: stages.append(progress.stage), method="nearest")
+    result = run(lambda progress: stages.append(progress.stage), method="nearest", sensitivity=False)
     assert stages == ["capture", "nearest", "evaluate"]
+    assert result.report["sensitivity"] is None
     assert result.report["blocks"] == []
     fidelity = result.report["fidelity"]
     assert fidelity["nearest"] == fidelity["quantized"]
@@ -213,8 +218,8 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     told: list[Progress] = []
     run(told.append)
     stages = [progress.stage for progress in told]
-    assert list(dict.fromkeys(stages)) == ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
-    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
+    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"]
+    assert list(dict.fromkeys(stages)) == order
     assert stages == sorted(stages, key=order.index)
     steps = [progress for progress in told if progress.stage == "reconstruct"]
     positions = [(progress.block, progress.iteration) for progress in steps]
@@ -226,7 +231,7 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     assert steps[-1].eta_seconds == 0
 
 
-@pytest.mark.parametrize("stage", ["capture", "forecast", "nearest", "reconstruct", "evaluate"])
+@pytest.mark.parametrize("stage", ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"])
 def test_an_exception_in_on_progress_ends_the_run_and_propagates(stage: str) -> None:
     told: list[str] = []
     raised = CancelledError("enough")
@@ -375,7 +380,8 @@ def test_an_output_placed_method_may_lead() -> None:
 def test_progress_names_the_methods(compared: tuple[QuantizationResult, list[Progress]]) -> None:
     result, told = compared
     learned = ["aquant", "qdrop", "adaround", "qdrop_refactored"]
-    assert list(dict.fromkeys(p.stage for p in told)) == ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
+    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"]
+    assert list(dict.fromkeys(p.stage for p in told)) == order
     by_stage = {stage: [p.method for p in told if p.stage == stage] for stage in ("capture", "nearest")}
     assert by_stage == {"capture": [None], "nearest": [None]}
     # One check before each of the four blocks, the mean's included.

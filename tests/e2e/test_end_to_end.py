@@ -129,6 +129,11 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert [row["method"] for row in report["comparison"]] == ["aquant", "qdrop"]
     assert report["comparison"][0]["accuracy"] == report["accuracy"]["quantized"]
     assert report["protocol"]["name"] == "paper"
+    assert report["size"]["checkpoint_bytes"] == job.files["checkpoint"].size
+    assert report["repeat"]["command"].startswith("aquant quantize MODEL --calibration CALIBRATION --evaluation")
+    page = client.report_page(job.id)
+    assert f"{100 * report['accuracy']['quantized']['top1']:.2f}" in page
+    assert page.count('class="of-layer"') == len(report["layers"])
     target = tmp_path / "quantized.safetensors"
     assert client.download(job.id, target) == job.files["checkpoint"].sha256
     assert hashlib.sha256(target.read_bytes()).hexdigest() == job.files["checkpoint"].sha256
@@ -143,6 +148,26 @@ def test_checkpoint_comes_in_ranges(stack: Stack, finished: tuple[JobDocument, l
     parts = [httpx.get(url, headers={"Range": f"bytes={span}"}) for span in (f"0-{middle - 1}", f"{middle}-")]
     assert [part.status_code for part in parts] == [206, 206]
     assert b"".join(part.content for part in parts) == whole
+
+
+def test_onnx_decides_as_the_checkpoint(
+    client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
+) -> None:
+    import onnxruntime
+    import torch
+
+    from aquant_core import load
+    from aquant_core.images import read_images
+
+    job, _ = finished
+    assert job.links.onnx == f"/jobs/{job.id}/onnx"
+    assert client.download(job.id, tmp_path / "q.onnx", "onnx") == job.files["onnx"].sha256
+    client.download(job.id, tmp_path / "q.safetensors")
+    images = read_images(EVALUATION, what="evaluation").images[:200]
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input": images.numpy()})
+    with torch.no_grad():
+        assert (logits.argmax(1) == load(tmp_path / "q.safetensors")(images).argmax(1).numpy()).all()
 
 
 def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
@@ -202,7 +227,7 @@ def test_trace_goes_from_the_request_to_the_blocks(
     assert attempt.attributes["aquant.job.state"] == "succeeded"
     stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
     assert [span.name for span in stages] == [
-        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save",
     ]  # fmt: skip
     reconstruct = next(span for span in stages if span.name == "reconstruct")
     blocks = [span for span in whole if span.parent == reconstruct.id]
