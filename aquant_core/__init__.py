@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from aquant_core.capture_model import capture
     from aquant_core.checkpoint_torch import load
     from aquant_core.config import QuantizationConfig
+    from aquant_core.export_onnx import write_onnx
     from aquant_core.graph import CapturedModel
     from aquant_core.images import ImageSet, check_images, read_images
     from aquant_core.pipeline import QuantizationResult, quantize
@@ -34,6 +35,7 @@ _MODULE_OF_NAME = {
     "plan": "planning",
     "quantize": "pipeline",
     "read_images": "images",
+    "write_onnx": "export_onnx",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "plan",
     "quantize",
     "read_images",
+    "write_onnx",
 ]
 
 

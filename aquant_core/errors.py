@@ -94,3 +94,9 @@ class ResumeError(AQuantError):
     """The folder to resume from holds the blocks of another run."""
 
     code = "resume_mismatch"
+
+
+class OnnxExportError(AQuantError):
+    """The quantized network cannot be written with standard ONNX operators."""
+
+    code = "onnx_export_unsupported"

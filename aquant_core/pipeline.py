@@ -16,6 +16,7 @@ from aquant_core import checkpoint_torch
 from aquant_core.config import Method, QuantizationConfig
 from aquant_core.errors import DryRunError, NonFiniteError
 from aquant_core.evaluation import logits_of
+from aquant_core.export_onnx import write_onnx
 from aquant_core.finished_blocks import FinishedBlocks, words_of_widths
 from aquant_core.forecast import Forecast
 from aquant_core.graph import CapturedModel
@@ -51,6 +52,10 @@ class QuantizationResult:
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
         checkpoint_torch.save(self.model, path, about)
         self.report["size"]["checkpoint_bytes"] = Path(path).stat().st_size
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the network as ONNX (see ``aquant_core.write_onnx``)."""
+        write_onnx(self.model, path)
 
 
 def quantize(

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session, sessionmaker
 
+from aquant_core.errors import AQuantError
 from service.artifacts import Artifacts, job_prefix
-from service.jobs.records import ArtifactRecord
+from service.jobs.records import ONNX_PROBLEM, ArtifactRecord
 from service.jobs.repository import Claim, JobRepository
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 if TYPE_CHECKING:
@@ -26,14 +28,16 @@ def publish(
     artifacts: Artifacts,
     sessions: sessionmaker[Session],
 ) -> JobState | None:
-    """Store report and checkpoint and end the job; its last state, or None where the claim was lost.
+    """Store report, checkpoint and ONNX and end the job; its last state, or None where the claim was lost.
 
     The keys hold the attempt's number, so that an outlived worker cannot write over its successor's files;
     where the commit does not make the files the job's, they are deleted again.
     """
     checkpoint = folder / "quantized.safetensors"
     result.save(checkpoint)
-    files = {"report": _write_report(result.report, warnings, folder), "checkpoint": checkpoint}
+    name, exported = _export(result, folder)
+    report = _write_report(result.report, warnings, folder)
+    files = {"report": report, "checkpoint": checkpoint, name: exported}
     return _finish(claim, "save", files, artifacts, sessions)
 
 
@@ -70,6 +74,19 @@ def _finish(
         if state != JobState.SUCCEEDED:
             artifacts.discard(prefix)
     return state
+
+
+def _export(result: QuantizationResult, folder: Path) -> tuple[str, Path]:
+    """The network as ONNX; where it cannot be, the problem that says why, which is no reason for the job to fail."""
+    path = folder / "quantized.onnx"
+    try:
+        result.export_onnx(path)
+    except AQuantError as error:
+        problem = Problem.of_job(error.code, error.detail, error.remedy)
+        path = folder / "onnx-problem.json"
+        path.write_text(problem.model_dump_json())
+        return ONNX_PROBLEM, path
+    return "onnx", path
 
 
 def _record(claim: Claim, name: str, artifacts: Artifacts, prefix: str, path: Path) -> ArtifactRecord:

@@ -28,6 +28,7 @@ STATUS = {
     "job_not_found": HTTPStatus.NOT_FOUND,
     "job_state_conflict": HTTPStatus.CONFLICT,
     "artifact_not_ready": HTTPStatus.CONFLICT,
+    "onnx_export_unsupported": HTTPStatus.CONFLICT,
     "cursor_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
     "form_invalid": HTTPStatus.BAD_REQUEST,
     "content_type_unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,

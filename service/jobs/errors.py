@@ -54,6 +54,12 @@ class ArtifactNotReadyError(ServiceError):
     code = "artifact_not_ready"
 
 
+class OnnxUnavailableError(ServiceError):
+    """The job's network cannot be written as ONNX; the worker found out why."""
+
+    code = "onnx_export_unsupported"
+
+
 class CursorError(ServiceError):
     """A page cursor that this service did not hand out."""
 

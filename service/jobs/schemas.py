@@ -92,6 +92,7 @@ class JobLinks(BaseModel):
     cancel: str | None = None
     report: str | None = None
     checkpoint: str | None = None
+    onnx: str | None = None
 
 
 class JobDocument(BaseModel):
