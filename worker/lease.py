@@ -105,6 +105,11 @@ class Lease:
         self._progress = progress
         self.check()
 
+    def write(self) -> None:
+        """Write what was reported last now, not at the next renewal: for work that ends with it."""
+        self._renew()
+        self.check()
+
     def check(self) -> None:
         """Raise if the work must stop here."""
         if self._stop is None and time.monotonic() > self._deadline:

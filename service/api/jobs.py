@@ -48,7 +48,8 @@ _FORM: dict[str, Any] = {
                         },
                         "calibration": {
                             **_FILE,
-                            "description": "Images (N, C, H, W): .npz (`images`, `labels`), .npy ...",
+                            "description": "Images: .npz (`images`, `labels`), .npy, safetensors; or a zip or tar of "
+                            "image files, with `preprocess`.",
                         },
                         "evaluation": {**_FILE, "description": "Labelled images to measure accuracy on."},
                         "device": {

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from service.artifacts import Artifacts, Stored
 from service.jobs.announcement import announce
-from service.jobs.errors import ConfigError, FormError, UploadEmptyError
-from service.jobs.image_files import check_images
+from service.jobs.errors import ConfigError, FormError, PreprocessUnusedError, UploadEmptyError
+from service.jobs.image_files import ARCHIVES, check_images
 from service.jobs.model_files import check_model
 from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
@@ -29,7 +29,9 @@ from service.tracing import carrier
 log = logging.getLogger(__name__)
 
 UploadName = Literal["model", "calibration", "evaluation"]
-CONFIG_REMEDY = "Only weight_bits and activation_bits are required; /docs has the schema (QuantizationConfig)."
+CONFIG_REMEDY = (
+    "Only weight_bits and activation_bits are required, or a target; /docs has the schema (QuantizationConfig)."
+)
 UPLOADS: tuple[UploadName, ...] = get_args(UploadName)
 
 
@@ -84,6 +86,11 @@ class Submitter:
             )
             for name, stored in submission.uploads.items()
         ]
+        if config.preprocess is not None and not any(record.format in ARCHIVES for record in records):
+            raise PreprocessUnusedError(
+                "config.preprocess says how image files are prepared, and the images come as arrays.",
+                "Send the image files as a zip or tar, or leave preprocess out: arrays are taken as they are.",
+            )
         with self._sessions.begin() as session:
             Account(session, self._settings, submission.owner).check_job(sum(record.size for record in records))
             JobRepository(session).add(
@@ -112,7 +119,7 @@ class Submitter:
         with self._artifacts.open(stored.key) as file:
             if name == "model":
                 return check_model(file, stored.size, config.architecture)
-            return check_images(file, stored.size, name, self._settings.max_unpacked_bytes)
+            return check_images(file, stored.size, name, self._settings.max_unpacked_bytes, config.preprocess)
 
 
 def read_device(text: bytes) -> Device:

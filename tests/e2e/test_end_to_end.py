@@ -134,6 +134,26 @@ def test_checkpoint_comes_in_ranges(stack: Stack, finished: tuple[JobDocument, l
     assert b"".join(part.content for part in parts) == whole
 
 
+def test_onnx_decides_as_the_checkpoint(
+    client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
+) -> None:
+    import onnxruntime
+    import torch
+
+    from aquant_core import load
+    from aquant_core.images import read_images
+
+    job, _ = finished
+    assert job.links.onnx == f"/jobs/{job.id}/onnx"
+    assert client.download(job.id, tmp_path / "q.onnx", "onnx") == job.files["onnx"].sha256
+    client.download(job.id, tmp_path / "q.safetensors")
+    images = read_images(EVALUATION, what="evaluation").images[:200]
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input": images.numpy()})
+    with torch.no_grad():
+        assert (logits.argmax(1) == load(tmp_path / "q.safetensors")(images).argmax(1).numpy()).all()
+
+
 def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
     client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
 ) -> None:
@@ -191,7 +211,7 @@ def test_trace_goes_from_the_request_to_the_blocks(
     assert attempt.attributes["aquant.job.state"] == "succeeded"
     stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
     assert [span.name for span in stages] == [
-        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save",
     ]  # fmt: skip
     reconstruct = next(span for span in stages if span.name == "reconstruct")
     blocks = [span for span in whole if span.parent == reconstruct.id]

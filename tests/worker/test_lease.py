@@ -163,6 +163,20 @@ def test_mapped_files_are_not_counted(settings: Settings) -> None:
         assert own_memory() - before < 32 << 20
 
 
+def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    slow = settings.model_copy(update={"heartbeat_seconds": 3600})
+    with Lease(claimed(), slow, sessions, not_overdue) as lease:
+        lease.report(Progress("forecast", forecast=FORECAST))
+        lease.write()
+        with sessions() as session:
+            job = JobRepository(session).get("job")
+        assert (job.stage, (job.progress or {})["forecast"]) == ("forecast", FORECAST)
+        with sessions.begin() as session:
+            JobRepository(session).cancel("job")
+        with pytest.raises(JobCancelledError):
+            lease.write()
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_work_that_does_not_stop_is_overdue(
     settings: Settings, sessions: Sessions, claimed: Claimed, monkeypatch: pytest.MonkeyPatch, lost: bool
