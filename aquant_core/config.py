@@ -17,6 +17,8 @@ ProtocolName = Literal["paper", "qdrop", "brecq", "all-low-bit"]
 
 FLOAT_BITS = 32
 """Bit width that stands for "not quantized"."""
+SEARCHED_FROM = 2
+"""The least bits that a layer gets where a target is given and nothing is said of widths."""
 
 
 def _check_bits(bits: int) -> int:
@@ -141,8 +143,32 @@ class ProtocolSwitches(_Strict):
     shortcut: Literal["float", "low"] | None = None
 
 
-class QuantizationConfig(_Strict):
-    """A quantization job's configuration; only the bit widths are required."""
+class Target(_Strict):
+    """What the result is to hold; the bit widths of the layers are searched for it.
+
+    ``max_accuracy_drop``: percentage points of top-1 against the float network, on the evaluation images; without
+    labels, percent of images decided otherwise than by the float network.
+    """
+
+    max_accuracy_drop: Annotated[
+        float,
+        Field(ge=0, le=100, description="Percentage points of top-1 that may be lost against the float network."),
+    ]
+
+
+def _bits_or_target(schema: dict[str, Any]) -> None:
+    """The JSON schema says that a target stands in for the bit widths."""
+    bits = ["weight_bits", "activation_bits"]
+    schema["required"] = [name for name in schema["required"] if name not in bits]
+    schema["anyOf"] = [{"required": bits}, {"required": ["target"]}]
+
+
+class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
+    """A quantization job's configuration; only the bit widths are required, or a target.
+
+    With a target ``weight_bits`` and ``activation_bits`` (2 where nothing is said) are the least that a layer gets, and
+    ``layers`` are kept as they are.
+    """
 
     method: Method = "aquant"
     weight_bits: Bits
@@ -167,6 +193,24 @@ class QuantizationConfig(_Strict):
     compare: Annotated[
         list[Method], Field(max_length=8, description="Methods to run beside `method`, for one table in the report.")
     ] = []
+    target: Annotated[
+        Target | None,
+        Field(
+            description="Search the layers' bit widths, from the two above upwards, for the smallest network that holds"
+        ),
+    ] = None
+    sensitivity: Annotated[
+        bool,
+        Field(description="Measure what more bits for a layer would gain; takes up to a quarter of the run's time."),
+    ] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_the_lowest(cls, data: Any) -> Any:
+        """With a target the widths may be left unsaid."""
+        if not isinstance(data, dict) or data.get("target") is None:
+            return data
+        return {"weight_bits": SEARCHED_FROM, "activation_bits": SEARCHED_FROM} | data
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +233,21 @@ class QuantizationConfig(_Strict):
         twice = next((name for name in methods if methods.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'compare: "{twice}" would run twice; name each method once, and not "method" itself')
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_meaningless_target(self) -> Self:
+        if self.target is None:
+            return self
+        if self.compare:
+            raise ValueError(
+                'compare: methods are compared at given widths, which "target" is to find: leave one of the two out'
+            )
+        if self.weight_bits == FLOAT_BITS:
+            raise ValueError(
+                f'target: with "weight_bits" {FLOAT_BITS} no width would make the network smaller: '
+                "set it to the least that a layer may have, 2 to 8, or leave it out"
+            )
         return self
 
     @property

@@ -58,6 +58,11 @@ class Forecast:
     def peak_bytes(self) -> int:
         return max((block.peak_bytes for block in self.blocks), default=0)
 
+    @property
+    def placement(self) -> Placement:
+        """Where a few of every block's values may be kept: in files if some block's have to be."""
+        return "disk" if any(block.placement == "disk" for block in self.blocks) else "memory"
+
     def document(self) -> dict[str, Any]:
         """JSON values."""
         blocks = [vars(block) | {"seconds": round(block.seconds, 3)} for block in self.blocks]

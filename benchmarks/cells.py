@@ -68,7 +68,7 @@ class Cell:
             activation_bits=activation_bits,
             preset=self.preset,
             seed=self.seed,
-            **self.config,
+            **{"sensitivity": False, **self.config},
         )
 
 

@@ -73,6 +73,33 @@ def up(
 
 
 @app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date, and make the S3 bucket if it is missing."""
+    try:
+        from service.artifacts import ArtifactsDownError, open_artifacts
+        from service.jobs import database
+        from service.s3 import UnsupportedStoreError
+    except ImportError as error:
+        typer.echo(f"`aquant migrate` needs {error.name}: pip install 'aquant-service[server]'.", err=True)
+        raise typer.Exit(1) from error
+    from service.settings import Settings
+
+    settings = Settings()
+    try:
+        database.migrate(settings)
+        open_artifacts(settings.artifacts).create()
+    except (
+        database.DatabaseUnusableError,
+        database.UnsupportedDatabaseError,
+        ArtifactsDownError,
+        UnsupportedStoreError,
+    ) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo("The database's schema is up to date, and the artifact store is there.")
+
+
+@app.command()
 def submit(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
     calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],

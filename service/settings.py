@@ -1,12 +1,12 @@
-"""Everything about a deployment that can be set from outside, by AQUANT_* environment variables."""
+"""Everything about a deployment that can be set from outside, by AQUANT_* environment variables or in files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, DirectoryPath, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -23,6 +23,10 @@ class Settings(BaseSettings):
         env_prefix="AQUANT_", frozen=True, populate_by_name=True, extra="ignore", env_ignore_empty=True
     )
 
+    secrets_dir: Annotated[
+        DirectoryPath | None,
+        Field(description="Folder of files that hold what no variable says, each named as its variable is."),
+    ] = None
     data_dir: Annotated[
         Path, Field(description="Folder of working files and logs, and of what has no address of its own below.")
     ] = Path("data")
@@ -140,3 +144,21 @@ class Settings(BaseSettings):
     def work_dir(self) -> Path:
         """Folder of the running jobs' working files."""
         return self.data_dir.resolve() / "work"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, variables, then the files of ``secrets_dir``."""
+        folder = (env_settings() | init_settings()).get("secrets_dir")
+        if folder is not None and Path(folder).is_dir():  # what is none is refused with the other values
+            assert isinstance(file_secret_settings, SecretsSettingsSource)
+            file_secret_settings.secrets_dir = folder
+        return super().settings_customise_sources(
+            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+        )

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
-from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.artifacts import ArtifactsDownError, blocks_prefix, job_prefix, open_artifacts
 from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
@@ -189,7 +189,7 @@ class JobRunner:
         while True:
             lease.check()
             try:
-                return self._artifacts.check()
+                return self._artifacts.try_out(job_prefix(lease.claim.job_id))
             except ArtifactsDownError:
                 time.sleep(STORE_POLL_SECONDS)
 

@@ -55,9 +55,13 @@ class JobProgress(BaseModel):
         str | None, Field(description="Method under way, of the one asked for and those to compare it with.")
     ] = None
     block: Annotated[int, Field(description="Block under reconstruction, from 1; 0 outside that stage.")] = 0
-    blocks: Annotated[int, Field(description="Blocks in all; 0 while unknown.")] = 0
-    iteration: Annotated[int, Field(description="Step within the block.")] = 0
-    iterations: Annotated[int, Field(description="Steps per block.")] = 0
+    blocks: Annotated[
+        int, Field(description="Blocks in all, of all networks that a search learns; 0 while unknown.")
+    ] = 0
+    iteration: Annotated[
+        int, Field(description="Step within the block; in search and sensitivity, the width tried.")
+    ] = 0
+    iterations: Annotated[int, Field(description="Steps per block; in search and sensitivity, widths to be tried.")] = 0
     loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
     eta_seconds: Annotated[
         float | None, Field(description="Estimated seconds until all blocks are done; null when nothing is running.")
@@ -89,7 +93,11 @@ class JobDocument(BaseModel):
     id: str
     state: JobState
     stage: Annotated[
-        str | None, Field(description="intake, capture, forecast, nearest, reconstruct, evaluate or save.")
+        str | None,
+        Field(
+            description="intake, capture, forecast, search (for a target), nearest, reconstruct, evaluate, sensitivity "
+            "or save."
+        ),
     ] = None
     device: Annotated[
         Device | None,

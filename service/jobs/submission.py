@@ -29,7 +29,9 @@ from service.tracing import carrier
 log = logging.getLogger(__name__)
 
 UploadName = Literal["model", "calibration", "evaluation"]
-CONFIG_REMEDY = "Only weight_bits and activation_bits are required; /docs has the schema (QuantizationConfig)."
+CONFIG_REMEDY = (
+    "Only weight_bits and activation_bits are required, or a target; /docs has the schema (QuantizationConfig)."
+)
 UPLOADS: tuple[UploadName, ...] = get_args(UploadName)
 
 

@@ -20,6 +20,7 @@ from aquant_core.config import (
     Protocol,
     ProtocolName,
     QuantizationConfig,
+    Target,
     read_configuration,
 )
 
@@ -293,3 +294,36 @@ def test_borders_are_stored_in_16_bits_or_8() -> None:
     assert BorderConfig(bits=8).bits == 8
     with pytest.raises(ValidationError, match="bits"):
         BorderConfig(bits=4)
+
+
+def test_a_target_stands_in_for_the_widths() -> None:
+    target = {"max_accuracy_drop": 0.5}
+    config = QuantizationConfig.model_validate({"target": target})
+    assert (config.weight_bits, config.activation_bits) == (2, 2)
+    assert config.target == Target(max_accuracy_drop=0.5)
+    assert QuantizationConfig.model_validate({"target": target, "weight_bits": 3}).weight_bits == 3
+    assert QuantizationConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match=r"weight_bits\n.*required"):
+        QuantizationConfig.model_validate({"target": None})
+    schema = QuantizationConfig.model_json_schema()
+    assert schema["anyOf"] == [{"required": ["weight_bits", "activation_bits"]}, {"required": ["target"]}]
+    assert not {"weight_bits", "activation_bits"} & set(schema["required"])
+
+
+@pytest.mark.parametrize("drop", [-0.1, 100.5, "little", None, float("nan"), float("inf")])
+def test_a_drop_is_a_percentage(drop: Any) -> None:
+    with pytest.raises(ValidationError, match=r"target\.max_accuracy_drop"):
+        QuantizationConfig.model_validate({"target": {"max_accuracy_drop": drop}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"compare": ["qdrop"]}, 'compare: methods are compared at given widths, which "target" is to find'),
+        ({"weight_bits": 32}, 'target: with "weight_bits" 32 no width would make the network smaller'),
+    ],
+)
+def test_what_makes_no_sense_with_a_target_is_refused(changes: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(refusal)):
+        QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}} | changes)
+    QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}, "activation_bits": 32})

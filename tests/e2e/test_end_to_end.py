@@ -211,7 +211,7 @@ def test_trace_goes_from_the_request_to_the_blocks(
     assert attempt.attributes["aquant.job.state"] == "succeeded"
     stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
     assert [span.name for span in stages] == [
-        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save",
     ]  # fmt: skip
     reconstruct = next(span for span in stages if span.name == "reconstruct")
     blocks = [span for span in whole if span.parent == reconstruct.id]
