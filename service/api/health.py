@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -27,7 +28,7 @@ router = APIRouter(prefix="/health", tags=["health"])
 @router.get("/live", responses=responses())
 def live() -> Health:
     """The process answers."""
-    return Health(status="ok")
+    return Health(status="ok", version=version("aquant-service"))
 
 
 @router.get("/ready", response_model=Health, responses=responses("not_ready"), openapi_extra=_NO_KEY_NEEDED)
@@ -38,8 +39,10 @@ def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
     """
     checks: dict[str, str] = {}
     workers: list[WorkerInfo] = []
+    alive: int | None = None
     try:
         workers = _workers(parts)
+        alive = sum(worker.alive for worker in workers)
         checks["database"] = "ok"
     except SQLAlchemyError as error:
         checks["database"] = f"unavailable: {type(error).__name__}"
@@ -54,18 +57,25 @@ def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
         checks["broker"] = "ok"
     except QueueDownError:
         checks["broker"] = "unavailable"
-    alive = sum(worker.alive for worker in workers)
-    checks["workers"] = f"{alive} alive"
+    checks["workers"] = "unknown" if alive is None else f"{alive} alive"
     faulty = [name for name in ("database", "artifacts", "broker") if checks[name] != "ok"]
     if faulty:
         return problem(
             "not_ready",
             f"Not available: {', '.join(faulty)}.",
             "Start it, or see the server's log; this probe turns green by itself.",
+            version=version("aquant-service"),
             checks=checks,
+            workers_alive=alive,
             workers=[worker.model_dump() for worker in workers if trusted],
         )
-    document = Health(status="ok", checks=checks, workers=workers if trusted else [])
+    document = Health(
+        status="ok",
+        version=version("aquant-service"),
+        checks=checks,
+        workers_alive=alive,
+        workers=workers if trusted else [],
+    )
     return Response(document.model_dump_json(), media_type="application/json")
 
 

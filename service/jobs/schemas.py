@@ -228,5 +228,9 @@ class Health(BaseModel):
     """Whether the service can do its work, and which part cannot."""
 
     status: Annotated[str, Field(description="ok or unavailable.")]
+    version: Annotated[str | None, Field(description="Of the service.")] = None
     checks: dict[str, Any] = {}
+    workers_alive: Annotated[
+        int | None, Field(description="With 0, jobs are taken in and wait; null while the database does not answer.")
+    ] = None
     workers: Annotated[list[WorkerInfo], Field(description="Without a key, where there are keys, none.")] = []

@@ -1,0 +1,95 @@
+"""`aquant up`, `check`, `migrate`: the service itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.commands.exit_codes import ExitCode
+from service.commands.options import DEFAULT_URL, AsJson, Key, Url, open_client
+
+
+def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Tell whether the service is ready: every part answers and a worker is alive. Exits with 1 if not."""
+    with open_client(url, key) as client:
+        health = client.health()
+    ready = health.status == "ok" and health.workers_alive != 0
+    here = version("aquant-service")
+    if as_json:
+        found = {"url": url, "ready": ready, "client_version": here, **health.model_dump(mode="json")}
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        typer.echo(f"{'service':<10} {url}  version {health.version or 'unknown'} (this command: {here})")
+        for name, state in health.checks.items():
+            typer.echo(f"{name:<10} {state}")
+        for worker in health.workers:
+            alive = "alive" if worker.alive else "gone"
+            seen = f"seen {worker.seconds_since_seen:.0f} s ago"
+            typer.echo(f"{'worker':<10} {worker.name}  {alive}, {seen}  {worker.device}: {worker.detail}")
+        typer.echo("ready" if ready else "not ready")
+    if not ready:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def up(
+    host: Annotated[
+        str | None, typer.Option(help="Address of the API (default 127.0.0.1); any other needs API keys.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
+) -> None:
+    """Start broker, API and workers on this machine; Ctrl-C stops them all."""
+    from service.local import MissingExtraError, OpenToStrangersError, StackError, local_stack
+    from service.settings import Settings
+
+    given = {"host": host, "port": port, "data_dir": data_dir, "workers": workers}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    for end in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with Ctrl-C ignored
+        signal.signal(end, _interrupt)
+    try:
+        with local_stack(
+            settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
+        ) as stack:
+            typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
+            stack.watch()
+    except KeyboardInterrupt:
+        typer.echo("stopped")
+    except (MissingExtraError, OpenToStrangersError, StackError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(ExitCode.FAILED) from error
+
+
+def migrate() -> None:
+    """Bring the database's schema up to date, and make the S3 bucket if it is missing."""
+    try:
+        from service.artifacts import ArtifactsDownError, open_artifacts
+        from service.jobs import database
+        from service.s3 import UnsupportedStoreError
+    except ImportError as error:
+        typer.echo(f"`aquant migrate` needs {error.name}: pip install 'aquant-service[server]'.", err=True)
+        raise typer.Exit(ExitCode.FAILED) from error
+    from service.settings import Settings
+
+    settings = Settings()
+    try:
+        database.migrate(settings)
+        open_artifacts(settings.artifacts).create()
+    except (
+        database.DatabaseUnusableError,
+        database.UnsupportedDatabaseError,
+        ArtifactsDownError,
+        UnsupportedStoreError,
+    ) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(ExitCode.FAILED) from error
+    typer.echo("The database's schema is up to date, and the artifact store is there.")
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
