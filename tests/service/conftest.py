@@ -1,13 +1,19 @@
-"""Real parts for the service's tests: database, artifact store, a Valkey server, a user's files."""
+"""Real parts for the service's tests: database, artifact store, Valkey, the application on a socket, a user's files."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import uploads
+import uvicorn
+from fastapi import FastAPI
+from httpx import Client
 from safetensors.numpy import save
 from servers import Storage
 from sqlalchemy import Engine
@@ -20,6 +26,7 @@ from service.jobs.queue import JobQueue
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
+from service.main import create_app
 from service.settings import Settings
 
 
@@ -108,3 +115,37 @@ def images() -> bytes:
 def state_dict() -> bytes:
     """A safetensors state dict of nothing in particular."""
     return save({"fc.weight": np.ones((10, 4), np.float32)})
+
+
+@contextmanager
+def serve(app: FastAPI) -> Iterator[Client]:
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=3)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(name="serve")
+def serve_fixture() -> Callable[[FastAPI], AbstractContextManager[Client]]:
+    return serve
+
+
+@pytest.fixture
+def application(settings: Settings) -> FastAPI:
+    return create_app(settings)
+
+
+@pytest.fixture
+def web(application: FastAPI) -> Iterator[Client]:
+    with serve(application) as client:
+        yield client

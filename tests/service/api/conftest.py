@@ -1,62 +1,21 @@
-"""The application, served over a real socket on real parts."""
+"""What is sent to the application, and by whom."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from httpx import Client, Response
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.keys import KeyRepository, Scope
 from service.jobs.repository import now
-from service.main import create_app
-from service.settings import Settings
 
 MakeKey = Callable[..., dict[str, str]]
 Submit = Callable[..., Response]
 CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke"}
-
-
-@contextmanager
-def serve(app: FastAPI) -> Iterator[Client]:
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=3)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(name="serve")
-def serve_fixture() -> Callable[[FastAPI], AbstractContextManager[Client]]:
-    return serve
-
-
-@pytest.fixture
-def application(settings: Settings) -> FastAPI:
-    return create_app(settings)
-
-
-@pytest.fixture
-def web(application: FastAPI) -> Iterator[Client]:
-    with serve(application) as client:
-        yield client
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+"""What is sent again and when, what is not, and keys that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import AsyncClient, Client, KeyMalformedError, ServiceProblemError, ServiceUnreachableError
+
+Connect = Callable[..., Any]
+Outcome = httpx.Response | Exception
+
+JOB = {
+    "id": "x",
+    "state": "cancelled",
+    "created_at": "2026-01-01T00:00:00Z",
+    "config": {"weight_bits": 2, "activation_bits": 2},
+    "links": {"self": "/jobs/x", "events": "/jobs/x/events"},
+}
+PAGE = {"jobs": [], "next": None}
+
+
+def refusal(status: int, after: str | None, code: str = "rate_limited") -> httpx.Response:
+    document = {"title": "No", "status": status, "code": code, "detail": "Too many.", "remedy": "Wait."}
+    headers = {"Content-Type": "application/problem+json", **({} if after is None else {"Retry-After": after})}
+    return httpx.Response(status, json=document, headers=headers)
+
+
+class Service:
+    """Has these answers in turn, and keeps the requests."""
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.left = list(outcomes)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        outcome = self.left.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def reached_by(self, connect: Connect) -> Any:
+        return connect("http://service", transport=httpx.MockTransport(self))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_is_refused_for_now_is_asked_again_when_it_may_be(
+    connect: Connect, slept: list[float], status: int
+) -> None:
+    in_ten = format_datetime(datetime.now(UTC) + timedelta(seconds=10), usegmt=True)
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    service = Service(*(refusal(status, after) for after in ("7", "0", in_ten, past)), httpx.Response(200, json=PAGE))
+    assert service.reached_by(connect).list().jobs == []
+    assert slept[:2] == [7, 1]
+    assert 1 < slept[2] <= 10
+    assert slept[3:] == [1]
+
+
+def test_nobody_waits_for_ever(connect: Connect, slept: list[float]) -> None:
+    with pytest.raises(ServiceProblemError, match=r"Too many\. Wait\."):
+        Service(refusal(429, "40"), refusal(429, "40")).reached_by(connect).list()
+    with pytest.raises(ServiceProblemError):
+        Service(refusal(503, "3600")).reached_by(connect).list()
+    with pytest.raises(ServiceProblemError):
+        Service(refusal(429, "soon")).reached_by(connect).list()
+    assert slept == [40]
+
+
+def test_a_refusal_for_good_is_not_repeated(connect: Connect, slept: list[float]) -> None:
+    for status in (409, 422, 500, 503):
+        with pytest.raises(ServiceProblemError):
+            Service(refusal(status, None)).reached_by(connect).cancel("x")
+    assert slept == []
+
+
+def test_a_broken_connection_is_tried_again_less_and_less_often(connect: Connect, slept: list[float]) -> None:
+    lost = [httpx.ReadError("gone"), httpx.Response(502, text="Bad Gateway"), httpx.ConnectError("refused")]
+    service = Service(*lost, httpx.Response(202, json=JOB))
+    assert service.reached_by(connect).cancel("x").state == "cancelled"
+    assert slept == [0.5, 1, 2]
+    never_again = Service(*[httpx.ReadTimeout("silent")] * 99)
+    with pytest.raises(ServiceUnreachableError, match="ReadTimeout"):
+        never_again.reached_by(connect).get("x")
+    assert sum(slept[3:]) <= 60
+    assert len(never_again.requests) == len(slept[3:]) + 1
+
+
+def test_where_nobody_was_ever_there_nobody_is_waited_for(connect: Connect, slept: list[float]) -> None:
+    with pytest.raises(ServiceUnreachableError, match="aquant up"):
+        Service(httpx.ConnectError("refused")).reached_by(connect).get("x")
+    assert slept == []
+
+
+def test_a_job_that_the_first_try_has_deleted_is_deleted(connect: Connect, slept: list[float]) -> None:
+    missing = refusal(404, None, "job_not_found")
+    Service(httpx.ReadError("gone"), missing).reached_by(connect).delete("x")
+    with pytest.raises(ServiceProblemError):
+        Service(missing).reached_by(connect).delete("x")
+    assert slept == [0.5]
+
+
+def test_health_is_what_it_is_now(connect: Connect, slept: list[float]) -> None:
+    document = {"title": "x", "code": "not_ready", "detail": "x", "remedy": "x", "checks": {"broker": "unavailable"}}
+    headers = {"Content-Type": "application/problem+json", "Retry-After": "5"}
+    health = Service(httpx.Response(503, json=document, headers=headers)).reached_by(connect).health()
+    assert (health.status, health.checks) == ("unavailable", {"broker": "unavailable"})
+    assert slept == []
+
+
+def test_other_servers_are_told_from_the_service(connect: Connect) -> None:
+    with pytest.raises(ServiceUnreachableError, match="answered 404 without a problem document"):
+        Service(httpx.Response(404, text="<html>")).reached_by(connect).get("x")
+
+
+@pytest.mark.parametrize("key", ["aquant_a b", "aquant_\r\nX-Other: y", "aquant_\N{SNOWMAN}", "aquant_\x7f"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_is_none_is_refused_and_not_repeated(kind: type[Client | AsyncClient], key: str) -> None:
+    with pytest.raises(KeyMalformedError, match="AQUANT_API_KEY") as caught:
+        kind(key=key)
+    assert key not in str(caught.value)
