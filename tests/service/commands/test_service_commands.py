@@ -1,0 +1,193 @@
+"""The commands that talk to a service, against one: what they print where, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from job_rows import MINUTE, claim
+from servers import PAIRS
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import cli
+from service.commands.progress import describe, share_done
+from service.jobs.repository import JobRepository
+from service.jobs.schemas import JobDocument, Problem
+from service.jobs.states import JobState
+
+in_a_folder = pytest.mark.parametrize("storage", PAIRS[:1], indirect=True)
+
+BITS = ("--weight-bits", "2", "--activation-bits", "2")
+
+Sessions = sessionmaker[Session]
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+Aquant = Callable[..., Done]
+
+
+@pytest.fixture
+def aquant(web: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Aquant:
+    """Runs a command against the service."""
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    monkeypatch.setenv("AQUANT_URL", str(web.base_url).rstrip("/"))
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr("sys.argv", ["aquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        told = capsys.readouterr()
+        return Done(int(caught.value.code or 0), told.out, told.err)
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> tuple[Path, str, Path]:
+    paths = tmp_path / "net.onnx", tmp_path / "images.npz"
+    for path, data in zip(paths, (onnx_model, images), strict=True):
+        path.write_bytes(data)
+    return paths[0], "--calibration", paths[1]
+
+
+def fail(sessions: Sessions, job_id: str) -> None:
+    held = claim(sessions, job_id)
+    error = Problem.of_job("worker_lost", "It is gone.", "Try again.").model_dump()
+    with sessions.begin() as session:
+        JobRepository(session).finish(held, JobState.FAILED, "save", error)
+
+
+@in_a_folder
+def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, files: tuple[object, ...]) -> None:
+    done = aquant("submit", *files, *BITS, "--idempotency-key", "once")
+    assert done.code == 0
+    job_id = done.out.strip()
+    again = aquant("submit", *files, *BITS, "--idempotency-key", "once", "--json")
+    assert (again.code, again.document["id"], again.err) == (0, job_id, "")
+    assert aquant("submit", *files, *BITS, "--dry-run", "--json").document["config"]["dry_run"] is True
+
+
+@in_a_folder
+def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_job: Callable[[], str]) -> None:
+    waits, fails, stops, works = (add_job() for _ in range(4))
+    fail(sessions, fails)
+    assert aquant("cancel", stops).out == "cancelled\n"
+    held = claim(sessions, works)
+    with sessions.begin() as session:
+        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
+    assert [end.code for end in ends.values()] == [0, 3, 4, 5]
+    assert [end.out for end in ends.values()] == [""] * 4
+    assert "It is gone. Try again." in ends[fails].err
+    assert f"aquant watch {waits}" in ends[waits].err
+    assert aquant("watch", fails, "--json").document["error"]["code"] == "worker_lost"
+
+
+@in_a_folder
+def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[object, ...], web: httpx.Client) -> None:
+    def work() -> None:
+        while not (jobs := web.get("/jobs").json()["jobs"]):
+            time.sleep(0.02)
+        fail(sessions, jobs[0]["id"])
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    done = aquant("submit", *files, *BITS, "--watch", "--json")
+    worker.join()
+    assert done.code == 3
+    documents = [JobDocument.model_validate_json(line) for line in done.out.splitlines()]
+    assert documents[-1].state == "failed"
+    assert "failed" in done.err
+
+
+@in_a_folder
+def test_lists_are_lines_or_json(aquant: Aquant, sessions: Sessions, add_job: Callable[[], str]) -> None:
+    ids = [add_job() for _ in range(3)]
+    fail(sessions, ids[0])
+    lines = aquant("list").out.splitlines()
+    assert {line.split()[0] for line in lines} == set(ids)
+    assert all(line.endswith("aquant W2A2") for line in lines)
+    page = aquant("list", "--limit", "2", "--json").document
+    assert [job["id"] for job in aquant("list", "--page", page["next"], "--json").document["jobs"]] == [ids[0]]
+    assert [job["id"] for job in aquant("list", "--state", "failed", "--json").document["jobs"]] == [ids[0]]
+
+
+@in_a_folder
+def test_show_is_for_eyes_or_programs(aquant: Aquant, sessions: Sessions, add_job: Callable[[], str]) -> None:
+    job_id = add_job()
+    fail(sessions, job_id)
+    shown = aquant("show", job_id).out
+    assert shown.startswith(f"{job_id} failed\n")
+    assert "worker_lost: It is gone." in shown
+    assert aquant("show", job_id, "--json").document["state"] == "failed"
+
+
+@in_a_folder
+def test_delete_removes_the_job(aquant: Aquant, add_job: Callable[[], str]) -> None:
+    job_id = add_job()
+    assert aquant("cancel", job_id, "--json").document["state"] == "cancelled"
+    assert aquant("delete", job_id, "--json").document == {"deleted": job_id}
+    again = aquant("delete", job_id)
+    assert (again.code, again.out) == (1, "")
+    assert job_id in again.err
+
+
+@in_a_folder
+def test_check_tells_which_part_is_missing(aquant: Aquant, sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = aquant("check")
+    assert (idle.code, idle.out.splitlines()[-1]) == (1, "not ready")
+    assert "0 alive" in idle.out
+    with sessions.begin() as session:
+        JobRepository(session).note_worker("w1", "cpu", "2 CPU cores", MINUTE)
+    ready = aquant("check")
+    assert (ready.code, ready.out.splitlines()[-1]) == (0, "ready")
+    assert "w1  alive" in ready.out
+    document = aquant("check", "--json").document
+    assert document["ready"] is True
+    assert document["version"] == document["client_version"]
+    assert document["workers"][0]["name"] == "w1"
+    monkeypatch.setenv("AQUANT_URL", "http://127.0.0.1:1")
+    assert aquant("check").code == 1
+
+
+@in_a_folder
+def test_progress_is_told_in_a_line(aquant: Aquant, add_job: Callable[[], str], web: httpx.Client) -> None:
+    document = web.get(f"/jobs/{add_job()}").json()
+    assert describe(JobDocument.model_validate(document)).endswith("queued (no worker is there to take it)")
+    progress = {"block": 2, "blocks": 4, "iteration": 50, "iterations": 100, "loss": 0.25, "eta_seconds": 7.4}
+    job = JobDocument.model_validate({**document, "state": "running", "stage": "reconstruct", "progress": progress})
+    assert describe(job).endswith("running reconstruct block 2 of 4, 50/100 loss 0.25 7 s left")
+    assert share_done(job) == 0.375
+    assert aquant("list").err == ""
+
+
+def test_shells_complete() -> None:
+    """What `aquant --install-completion` makes bash ask."""
+    program = "import sys; sys.argv = ['aquant']; from service.cli import main; main()"
+    asked = {"_AQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "aquant ch", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ, **asked}
+    )
+    assert done.stdout.split() == ["check"], done.stderr
