@@ -1,4 +1,4 @@
-"""The core's commands, which need no service: ``aquant quantize`` and ``aquant eval``.
+"""The core's commands, which need no service: ``aquant quantize``, ``aquant eval`` and ``aquant export``.
 
 ``service.cli`` finds them by the entry points in pyproject.toml, and says what is to be installed where importing this
 module fails. It imports nothing heavy itself, since every command of ``aquant`` imports it.
@@ -22,7 +22,7 @@ from aquant_core.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-for _name in ("numpy", "onnxruntime", "safetensors", "torch"):
+for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
     if importlib.util.find_spec(_name) is None:
         raise ModuleNotFoundError(f"the core's commands need {_name}", name=_name)
 
@@ -31,7 +31,9 @@ _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 def quantize(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
         "quantized.safetensors"
     ),
@@ -54,6 +56,9 @@ def quantize(
     resume_from: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
+    ] = False,
     device: _Device = "cpu",
 ) -> None:
     """Quantize a network on this machine, without a service."""
@@ -64,6 +69,7 @@ def quantize(
         "preset": preset,
         "architecture": architecture,
         "seed": seed,
+        "dry_run": dry_run or None,
     }
     try:
         configuration = QuantizationConfig.model_validate(read_configuration(config, options))
@@ -77,9 +83,15 @@ def quantize(
     chosen = _device(device)
 
     from aquant_core.pipeline import quantize as run
+    from aquant_core.planning import plan
     from aquant_core.report.page import render
     from aquant_core.resources import Resources
 
+    if configuration.dry_run:
+        with _errors_told():
+            document = plan(model, calibration, configuration, evaluation, _Printed(), resources=Resources(chosen))
+        typer.echo(json.dumps(document, indent=2))
+        return
     with _errors_told():
         result = run(
             model,
@@ -147,6 +159,42 @@ def evaluate(
             part = measured[name]
             low, high = (_percent(bound) for bound in part["interval"])
             typer.echo(f"{share:<10} {_percent(part[share])}  (95 %: {low} to {high}; {part['n']:,} images)")
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Quantized checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="ONNX file to write.")] = Path(
+        "quantized.onnx"
+    ),
+    compare: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Images to compare it on with the checkpoint, code by code."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as ONNX with standard operators."""
+    import onnx
+
+    import aquant_core
+    from aquant_core import onnx_agreement
+    from aquant_core.images import check_image_shape
+    from aquant_core.model import QuantizedModel
+
+    with _errors_told():
+        model = aquant_core.load(checkpoint)
+        assert isinstance(model, QuantizedModel)
+        images = None if compare is None else aquant_core.read_images(compare, "evaluation").images
+        if images is not None:
+            check_image_shape(model.graph.input_shape, images, "evaluation")
+        aquant_core.write_onnx(model, output)
+        typer.echo(f"{output}  {output.stat().st_size:,} bytes")
+        if images is None:
+            return
+        found = onnx_agreement.compare(model, onnx.load(output), images)
+    typer.echo(
+        f"{found.images:,} images in onnxruntime: {sum(found.differing_given_input.values()):,} of "
+        f"{sum(found.codes.values()):,} codes differ given the same input, a share of {found.share_differing:.2g} in "
+        f"the whole run; {found.same_top1:,} predictions are the same"
+    )
 
 
 def _percent(share: float) -> str:

@@ -143,6 +143,36 @@ class ProtocolSwitches(_Strict):
     shortcut: Literal["float", "low"] | None = None
 
 
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Preprocess(_Strict):
+    """How image files become what the network takes, as torchvision does it; the defaults are ImageNet's usual ones.
+
+    An image is resized, cropped, scaled to [0, 1], and normalized: (x - mean) / std. Three means make it RGB, one makes
+    it grey.
+    """
+
+    size: Annotated[Pixels | tuple[Pixels, Pixels], Field(description="Of the shorter side, or [height, width].")] = 256
+    crop: Annotated[
+        Pixels | tuple[Pixels, Pixels] | None, Field(description="From the centre; null keeps the whole image.")
+    ] = 224
+    mean: Annotated[tuple[_Number, ...], Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[_Deviation, ...], Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _agree_on_channels(self) -> Self:
+        counts = len(self.mean), len(self.std)
+        if counts not in ((1, 1), (3, 3)):
+            raise ValueError(
+                f"mean and std have {counts[0]} and {counts[1]} values; give both 3 (RGB) or both 1 (grey)"
+            )
+        return self
+
+
 class Target(_Strict):
     """What the result is to hold; the bit widths of the layers are searched for it.
 
@@ -189,10 +219,16 @@ class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
     architecture: Annotated[
         str | None, Field(max_length=64, description="Name of the network a state dict belongs to.")
     ] = None
+    preprocess: Annotated[
+        Preprocess | None, Field(description="How image files are prepared; arrays are taken as they are.")
+    ] = None
     layers: Annotated[dict[str, LayerOverride], Field(max_length=4096)] = {}
     compare: Annotated[
         list[Method], Field(max_length=8, description="Methods to run beside `method`, for one table in the report.")
     ] = []
+    dry_run: Annotated[
+        bool, Field(description="End after the forecast: blocks, layers, bits, size, time and memory; no checkpoint.")
+    ] = False
     target: Annotated[
         Target | None,
         Field(

@@ -23,7 +23,7 @@ from aquant_core.widths import Widths
 
 _SHORT, _SHARE = PRESETS["smoke"], 15
 """Twenty iterations, at rates with which so few already do something; in a short run, no more than a fifteenth of its
-own, so that two tries of every layer take about a fifth of its time."""
+own, so that two tries of every layer take about a quarter of its time."""
 
 
 def damages(

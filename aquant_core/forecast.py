@@ -133,7 +133,7 @@ def _try_block(
 ) -> tuple[_Trial, Tensor]:
     """Hands one batch on and does two iterations of each unit."""
     device = value.device
-    model = _roughly_quantized(graph, block, value, config, schedule)
+    model = roughly_quantized(graph, block, value, config, schedule)
     peak = PeakMemory(device)
     started = time.perf_counter()
     output = run_float_block(graph, block, value)
@@ -181,7 +181,7 @@ def _seconds_of(learner: BlockLearner, step: int, device: torch.device) -> float
     return time.perf_counter() - started
 
 
-def _roughly_quantized(
+def roughly_quantized(
     graph: CapturedModel, block: Block, value: Tensor, config: QuantizationConfig, schedule: Schedule
 ) -> QuantizedModel:
     """A network whose ``block`` costs what it will cost; its steps come from ranges, not from a search."""

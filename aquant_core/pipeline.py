@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from aquant_core import checkpoint_torch
-from aquant_core.capture_model import capture
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError
+from aquant_core.errors import DryRunError, NonFiniteError
 from aquant_core.evaluation import logits_of
+from aquant_core.export_onnx import write_onnx
 from aquant_core.finished_blocks import FinishedBlocks, words_of_widths
-from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import Forecast, forecast, together
+from aquant_core.forecast import Forecast
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
+from aquant_core.images import ImageSet
 from aquant_core.measurements import clipped_shares, measure
-from aquant_core.methods import METHODS, PRESETS, Preset, settings_of
+from aquant_core.methods import METHODS, Preset
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
-from aquant_core.partition import partition
+from aquant_core.preparation import prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.report.commands import Sources
@@ -34,9 +33,6 @@ from aquant_core.resources import Resources
 from aquant_core.sensitivity import sensitivity
 from aquant_core.sequence import Run, reconstruct_blocks
 from aquant_core.target import Task, search
-
-_HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
-"""Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,10 @@ class QuantizationResult:
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
         checkpoint_torch.save(self.model, path, about)
         self.report["size"]["checkpoint_bytes"] = Path(path).stat().st_size
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the network as ONNX (see ``aquant_core.write_onnx``)."""
+        write_onnx(self.model, path)
 
 
 def quantize(
@@ -88,6 +88,10 @@ def quantize(
     """
     if isinstance(config, dict):
         config = QuantizationConfig.model_validate(config)
+    if config.dry_run:
+        raise DryRunError(
+            "dry_run asks for a forecast, and this would run.", "Call aquant_core.plan, or leave dry_run out."
+        )
     if config.target is not None and resume_from is None:  # candidates take blocks from each other by way of files
         with TemporaryDirectory(prefix="aquant-search-", dir=resources.folder if resources else None) as folder:
             return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder)
@@ -104,41 +108,12 @@ def quantize(
         _name(calibration, "CALIBRATION"),
         None if evaluation is None else _name(evaluation, "EVALUATION"),
     )
-    calibration = _image_set(calibration, "calibration")
-    evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
-    captured = capture(model, config.architecture, calibration.images[:2])
-    warnings = check_images(captured, calibration, config, evaluation)
-    resources = resources or Resources()
-    graph = fold_batch_norm(captured).to(resources.device)
-    digests = {"model": captured.digest(), "calibration": calibration.digest()}
-    if evaluation is None:
-        calibration, evaluation = _hold_back(calibration)
-        warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
-    digests["evaluation"] = evaluation.digest()
-
-    preset = preset or PRESETS[config.preset]
-    if config.iterations is not None:
-        preset = replace(preset, iterations=config.iterations)
-    methods = [config.method, *config.compare]
-    schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
-    graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
-    blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
-    count = sum(block.has_parts for block in blocks[config.method])
-    learned = [name for name in methods if schedules[name].method.reconstruct]
-    forecasts = {
-        name: forecast(
-            graphs[name],
-            blocks[name],
-            calibration.images,
-            config,
-            schedules[name],
-            resources,
-            partial(tell, Progress("forecast", blocks=count, method=name)),
-            others=len(learned) - 1,
-        )
-        for name in learned
-    }
-    expected = together(list(forecasts.values())).document() if learned else None
+    ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
+    preset, resources = ready.preset, ready.resources
+    captured, graph, graphs, blocks, count = ready.captured, ready.graph, ready.graphs, ready.blocks, ready.count
+    calibration, evaluation, digests, warnings = ready.calibration, ready.evaluation, ready.digests, ready.warnings
+    schedules, methods, learned = ready.schedules, list(ready.schedules), list(ready.forecasts)
+    forecasts, expected = ready.forecasts, ready.forecast
     searching = config.target is not None
     tell(Progress("search" if searching else "nearest", blocks=count, forecast=None if searching else expected))
     float_logits = logits_of(graph, evaluation.images, resources.device)
@@ -281,20 +256,6 @@ def _name(source: object, otherwise: str) -> str:
     return str(source) if isinstance(source, str | Path) else otherwise
 
 
-def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
-    if isinstance(images, str | Path):
-        return read_images(images, what)
-    if isinstance(images, Tensor):
-        images = ImageSet(images)
-    if not isinstance(images, ImageSet):
-        raise ImageSetError(
-            f"The {what} images are a {type(images).__name__}.",
-            "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
-        )
-    check_values(images.images, what)
-    return images
-
-
 def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, schedule: Schedule) -> dict[str, Any]:
     """What decides how a method's blocks come out; ``images`` are those not held back.
 
@@ -310,13 +271,3 @@ def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, 
         "preset": vars(schedule.preset),
         "settings": vars(schedule.method),
     }
-
-
-def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Splits off the last images, to measure on what was not learned from."""
-    count = max(min(len(calibration) // _HELD_BACK_SHARE, _HELD_BACK_AT_MOST), 1)
-    labels = calibration.labels
-    return (
-        ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
-        ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
-    )

@@ -118,10 +118,10 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "device": run.device,
         "layers": layers,
         "values": [_describe_value(main, name, run) for name in main.quantizers],
-        "size": _size(run.captured, main),
+        "size": size_of(run.captured, main),
         "operations": _operations(layers),
         "method": config.method,
-        "protocol": _protocol(config, main, run.settings),
+        "protocol": protocol_of(config, main, run.settings),
         "preset": vars(run.preset) | {"name": config.preset},
         "settings": vars(run.settings),
         "config": config.model_dump(mode="json"),
@@ -248,7 +248,8 @@ def _describe_input(name: str, run: Outcome) -> dict[str, Any]:
     return {key: seen.get(key) for key in keys} | {"clipped_share_calibration": run.calibrated.clipped_shares.get(name)}
 
 
-def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
+def size_of(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
+    """Bytes of the float network and of the quantized one's tensors, and the border's share of them."""
     tensors = checkpoint_torch.tensors_of(model)
     borders = [layer.border for layer in model.layers.values() if layer.border is not None]
     parameters = sum(border.number_of_parameters() for border in borders)
@@ -269,7 +270,7 @@ def _operations(layers: list[dict[str, Any]]) -> dict[str, int]:
     return totals | {"float_bit_operations": totals["macs"] * FLOAT_BITS**2}
 
 
-def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
+def protocol_of(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
     """What published tables mix silently (see docs/method.md), as it was for this network."""
     switches = config.resolved_protocol.model_dump()
     if (shortcut := shortcut_of(model.graph)) is not None:

@@ -1,4 +1,4 @@
-"""The artifact store: uploads and results under one prefix per job, each written whole or not at all."""
+"""The artifact store: files under one prefix for each job and each resumable upload, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -30,6 +30,9 @@ CHUNK_BYTES = 5 * 1024 * 1024
 """Piece of a streamed write; the least that S3 takes."""
 READ_BYTES = 4 * 1024 * 1024
 """Piece of a streamed read: a request of its own, so that no reader is too slow for a request's time limit."""
+
+UPLOADS = "uploads/"
+"""Where resumable uploads are kept; each is of one owner, and may be of several jobs."""
 
 
 class ArtifactsDownError(Exception):
@@ -173,6 +176,14 @@ class Artifacts(ABC):
         except ArtifactsDownError as error:
             log.warning("%s stays in the store: %s", prefix, error)
 
+    def discard_objects(self, keys: Sequence[str]) -> None:
+        """Remove single objects; only a warning where the store does not answer."""
+        try:
+            with self._answering():
+                self._delete_objects(keys)
+        except ArtifactsDownError as error:
+            log.warning("%d objects stay in the store: %s", len(keys), error)
+
     def try_out(self, prefix: str) -> None:
         """Write a small object under ``prefix``, read it and remove it: a server that has just started may list what
         it has before it does any of that."""
@@ -200,6 +211,9 @@ class Artifacts(ABC):
 
     @abstractmethod
     def _delete_prefix(self, prefix: str) -> None: ...
+
+    @abstractmethod
+    def _delete_objects(self, keys: Sequence[str]) -> None: ...
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -247,10 +261,13 @@ class ArtifactFolder(Artifacts):
 
     def _delete_prefix(self, prefix: str) -> None:
         with self._answering():
-            for key in self.keys(prefix):
-                with contextlib.suppress(FileNotFoundError):  # a concurrent delete got there first
-                    obstore.delete(self._store, key)
+            self._delete_objects(self.keys(prefix))
         shutil.rmtree(self._root / prefix, ignore_errors=True)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):  # a concurrent delete got there first
+                obstore.delete(self._store, key)
 
 
 class ArtifactBucket(Artifacts):
@@ -296,7 +313,10 @@ class ArtifactBucket(Artifacts):
     def _delete_prefix(self, prefix: str) -> None:
         keys = self.keys(prefix)
         with self._answering():
-            obstore.delete(self._store, keys)
+            self._delete_objects(keys)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        obstore.delete(self._store, keys)
 
 
 class _RangeReader(io.RawIOBase):
@@ -345,3 +365,8 @@ def job_prefix(job_id: str) -> str:
 def blocks_prefix(job_id: str) -> str:
     """Where a job's finished blocks are kept for its next attempt; to be deleted when the job has ended."""
     return f"{job_prefix(job_id)}blocks/"
+
+
+def upload_prefix(place: str) -> str:
+    """Where everything of one resumable upload is kept."""
+    return f"{UPLOADS}{place}/"

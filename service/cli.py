@@ -102,7 +102,9 @@ def migrate() -> None:
 @app.command()
 def submit(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     evaluation: Annotated[
@@ -183,16 +185,20 @@ def report(
 @app.command()
 def download(
     job_id: JobId,
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="File to write.")] = Path(
-        "quantized.safetensors"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", dir_okay=False, help="File to write (default quantized.safetensors or .onnx)."),
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="The network as ONNX, not the checkpoint.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
-    """Fetch the checkpoint of a job that succeeded."""
+    """Fetch the checkpoint of a job that succeeded, or its ONNX."""
+    output = output or Path("quantized.onnx" if onnx else "quantized.safetensors")
     with _client(url, key) as client:
         try:
-            typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
+            digest = client.download(job_id, output, "onnx" if onnx else "checkpoint")
+            typer.echo(f"{output}  sha256 {digest}")
         except OSError as error:
             raise typer.BadParameter(f"{output} cannot be written: {error.strerror}", param_hint="--output") from error
 

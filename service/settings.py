@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, DirectoryPath, Field
+from pydantic import AfterValidator, AliasChoices, DirectoryPath, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+
+
+def _networks(text: str) -> list[IPv4Network | IPv6Network]:
+    return [ip_network(network.strip()) for network in text.split(",") if network.strip()]
+
+
+def _check_networks(text: str) -> str:
+    _networks(text)
+    return text
 
 
 class Settings(BaseSettings):
@@ -105,6 +115,17 @@ class Settings(BaseSettings):
         float | None,
         Field(gt=0, description="A job and its files are deleted this long after it ended; else kept until deleted."),
     ] = None
+    upload_keep_seconds: Annotated[
+        float, Field(gt=0, description="An upload that no job uses is deleted this long after it was last touched.")
+    ] = 2 * 24 * 3600.0
+    idempotency_seconds: Annotated[
+        float, Field(gt=0, description="How long an Idempotency-Key stands for the job that came of it.")
+    ] = 24 * 3600.0
+    webhook_allow: Annotated[
+        str,
+        AfterValidator(_check_networks),
+        Field(description="Networks, separated by commas, that webhooks may go to besides public addresses."),
+    ] = ""
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
     job_memory_bytes: Annotated[
@@ -139,6 +160,11 @@ class Settings(BaseSettings):
     def artifacts(self) -> str:
         """The artifact store's URL."""
         return self.artifacts_url or (self.data_dir.resolve() / "artifacts").as_uri()
+
+    @property
+    def webhook_networks(self) -> list[IPv4Network | IPv6Network]:
+        """Where webhooks may go besides public addresses."""
+        return _networks(self.webhook_allow)
 
     @property
     def work_dir(self) -> Path:

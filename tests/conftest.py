@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import servers
+from hypothesis import settings
 from servers import Storage
+
+settings.register_profile("long", max_examples=5_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

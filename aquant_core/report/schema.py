@@ -296,7 +296,7 @@ class Report(BaseModel):
     comparison: list[MethodRow] = []
     differences: list[Difference] = []
     gap: Gap | None = None
-    sensitivity: Annotated[Sensitivity | None, Field(description="Null unless it was asked for.")] = None
+    sensitivity: Annotated[Sensitivity | None, Field(description="Null where it was switched off.")] = None
     target: Annotated[Target | None, Field(description="Null unless there was one.")] = None
     evaluation: Evaluation
     measured_images: Annotated[

@@ -54,6 +54,12 @@ class ArtifactNotReadyError(ServiceError):
     code = "artifact_not_ready"
 
 
+class OnnxUnavailableError(ServiceError):
+    """The job's network cannot be written as ONNX; the worker found out why."""
+
+    code = "onnx_export_unsupported"
+
+
 class CursorError(ServiceError):
     """A page cursor that this service did not hand out."""
 
@@ -112,6 +118,90 @@ class ImagesInvalidError(ServiceError):
     """The image file is damaged, not an image set, or of a shape or type that cannot be images."""
 
     code = "images_invalid"
+
+
+class UploadNotFoundError(ServiceError):
+    """There is no upload of this digest, or it is somebody else's."""
+
+    code = "upload_not_found"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"There is no upload {sha256!r}.", f"Send it with PUT /uploads/{sha256}.")
+
+
+class UploadMissingError(ServiceError):
+    """A job names an upload that is not there, or not complete."""
+
+    code = "upload_missing"
+
+    def __init__(self, name: str, sha256: str) -> None:
+        super().__init__(
+            f"`{name}` is said to be sha256:{sha256}, of which there is no complete upload.",
+            f"Complete PUT /uploads/{sha256} first; HEAD tells how far it is.",
+        )
+
+
+class UploadInUseError(ServiceError):
+    """An upload cannot be deleted while a job uses it."""
+
+    code = "upload_in_use"
+
+
+class UploadOffsetError(ServiceError):
+    """A piece does not begin where its upload ends."""
+
+    code = "upload_offset_conflict"
+
+    def __init__(self, detail: str, offset: int) -> None:
+        super().__init__(detail, f"Go on at byte {offset}.", offset=offset)
+
+
+class ContentRangeError(ServiceError):
+    """A piece's place in its file cannot be read, or is not what was said before."""
+
+    code = "content_range_invalid"
+
+
+class DigestMismatchError(ServiceError):
+    """A finished upload is not what it was announced as."""
+
+    code = "digest_mismatch"
+
+
+class IdempotencyKeyReusedError(ServiceError):
+    """An idempotency key came a second time, with another request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotentJobDeletedError(ServiceError):
+    """The job that an idempotency key stands for is gone."""
+
+    code = "idempotent_job_deleted"
+
+
+class WebhookRefusedError(ServiceError):
+    """A webhook's address or secret is not one that is used."""
+
+    code = "webhook_refused"
+
+
+class PreprocessMissingError(ServiceError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
+class PreprocessUnusedError(ServiceError):
+    """The configuration says how image files are prepared, and there are none."""
+
+    code = "preprocess_unused"
+
+
+class DryRunError(ServiceError):
+    """A job that forecasts and does not run has no checkpoint."""
+
+    code = "dry_run_has_no_checkpoint"
 
 
 class KeyMissingError(ServiceError):

@@ -256,3 +256,13 @@ def test_without_the_core_s_extra_they_say_what_to_install(tmp_path: Path) -> No
     done = aquant(tmp_path, "eval", "anything", "--images", "x", program=program)
     assert done.returncode == 1
     assert done.stderr == "`aquant eval` needs torch: pip install 'aquant-service[core]'.\n"
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.safetensors"
+    arguments = [folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--dry-run", "-o", output]
+    result = run("quantize", *arguments)
+    assert result.exit_code == 0, result.output
+    planned = json.loads(result.stdout)
+    assert (planned["dry_run"], planned["other_bits"]) == (True, ["conv", "fc"])
+    assert not output.exists()

@@ -75,7 +75,7 @@ def test_a_config_that_is_no_object_is_refused(
 def test_a_file_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def download(_client: Client, _job_id: str, path: Path) -> str:
+    def download(_client: Client, _job_id: str, path: Path, _what: str) -> str:
         path.write_bytes(b"")  # where there is no folder
         return ""
 

@@ -31,7 +31,8 @@ def test_no_key_is_missing_and_none_unknown(report: dict[str, Any]) -> None:
     [
         {"method": "brecq", "labels": False},
         {"method": "a_rounding"},
-        {"method": "nearest", "activation_bits": 32},
+        {"method": "nearest", "activation_bits": 32, "sensitivity": False},
+        {"target": {"max_accuracy_drop": 5}},
         {"weight_bits": 32, "border": {"granularity": "channel"}},
         {"border": {"alpha": "learned"}, "protocol_switches": {"shortcut": "low"}},
     ],
