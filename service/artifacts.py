@@ -1,4 +1,4 @@
-"""The artifact store: uploads and results under one prefix per job, each written whole or not at all."""
+"""The artifact store: files under one prefix for each job and each resumable upload, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -180,6 +180,14 @@ class Artifacts(ABC):
         except ArtifactsDownError as error:
             log.warning("%s stays in the store: %s", prefix, error)
 
+    def discard_objects(self, keys: Sequence[str]) -> None:
+        """Remove single objects; only a warning where the store does not answer."""
+        try:
+            with self._answering():
+                self._delete_objects(keys)
+        except ArtifactsDownError as error:
+            log.warning("%d objects stay in the store: %s", len(keys), error)
+
     @abstractmethod
     def check(self) -> None:
         """Raise ArtifactsDownError if the store cannot be used."""
@@ -194,6 +202,9 @@ class Artifacts(ABC):
 
     @abstractmethod
     def _delete_prefix(self, prefix: str) -> None: ...
+
+    @abstractmethod
+    def _delete_objects(self, keys: Sequence[str]) -> None: ...
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -238,10 +249,13 @@ class ArtifactFolder(Artifacts):
 
     def _delete_prefix(self, prefix: str) -> None:
         with self._answering():
-            for key in self.keys(prefix):
-                with contextlib.suppress(FileNotFoundError):  # a concurrent delete got there first
-                    obstore.delete(self._store, key)
+            self._delete_objects(self.keys(prefix))
         shutil.rmtree(self._root / prefix, ignore_errors=True)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):  # a concurrent delete got there first
+                obstore.delete(self._store, key)
 
 
 class ArtifactBucket(Artifacts):
@@ -291,7 +305,10 @@ class ArtifactBucket(Artifacts):
     def _delete_prefix(self, prefix: str) -> None:
         keys = self.keys(prefix)
         with self._answering():
-            obstore.delete(self._store, keys)
+            self._delete_objects(keys)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        obstore.delete(self._store, keys)
 
 
 class _RangeReader(io.RawIOBase):
@@ -341,3 +358,8 @@ def job_prefix(job_id: str) -> str:
 def blocks_prefix(job_id: str) -> str:
     """Where a job's finished blocks are kept for its next attempt; to be deleted when the job has ended."""
     return f"{job_prefix(job_id)}blocks/"
+
+
+def upload_prefix(place: str) -> str:
+    """Where everything of one resumable upload is kept."""
+    return f"uploads/{place}/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -10,10 +11,12 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import sessionmaker
 
-from service.api import health, jobs, metrics, problems, results
+from service.api import error_page, events, health, jobs, metrics, openapi, problems, results, uploads
+from service.api.deliveries import Deliveries
 from service.api.deps import Parts
 from service.api.rates import Rates
 from service.api.requests import EveryRequest
+from service.api.watching import JobWatch
 from service.artifacts import open_artifacts
 from service.jobs.database import migrate, open_database
 from service.jobs.queue import JobQueue
@@ -41,14 +44,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         queue = JobQueue(settings)
         rates = Rates(settings)
         submitter = Submitter(settings, sessions, queue, artifacts)
-        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry, rates)
+        watch = JobWatch(sessions)
+        app.state.parts = Parts(settings, sessions, artifacts, queue, submitter, registry, rates, watch)
         collector = metrics.ServiceCollector(sessions, queue)
         registry.register(collector)
         reaper = Reaper(settings, sessions, queue, artifacts)
         reaper.start()
+        tasks = [
+            asyncio.create_task(watch.run(), name="watch"),
+            asyncio.create_task(Deliveries(sessions, settings.webhook_allow).run(), name="deliveries"),
+        ]
         try:
             yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await run_in_threadpool(reaper.stop)
             registry.unregister(collector)
             rates.close()
@@ -73,6 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(EveryRequest, seconds=request_seconds)
-    for router in (jobs.router, results.router, health.router, metrics.router):
-        app.include_router(router)
+    for module in (jobs, events, results, uploads, health, metrics, error_page):
+        app.include_router(module.router)
+    openapi.install(app)
     return app

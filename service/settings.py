@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -101,6 +102,18 @@ class Settings(BaseSettings):
         float | None,
         Field(gt=0, description="A job and its files are deleted this long after it ended; else kept until deleted."),
     ] = None
+    upload_keep_seconds: Annotated[
+        float, Field(gt=0, description="An upload that no job uses is deleted this long after it was last touched.")
+    ] = 2 * 24 * 3600.0
+    idempotency_seconds: Annotated[
+        float, Field(gt=0, description="How long an Idempotency-Key stands for the job that came of it.")
+    ] = 24 * 3600.0
+    webhook_allow: Annotated[
+        list[IPv4Network | IPv6Network],
+        NoDecode,
+        BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
+        Field(description="Networks that webhooks may go to besides public ones, as 10.0.0.0/8,fd00::/8."),
+    ] = []
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
     job_memory_bytes: Annotated[

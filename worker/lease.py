@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.progress import Progress
+from service.jobs.events import EventKind, Happening
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.states import JobState
 from service.settings import Settings
@@ -79,6 +80,8 @@ class Lease:
         self._progress = Progress(stage="intake")
         self._forecast: dict[str, Any] | None = None
         self._gpu: dict[str, int] | None = None
+        self._happenings: list[Happening] = []
+        self._renewing = threading.Lock()
         self._stop: JobStopError | None = None
         self._done = threading.Event()
         within = contextvars.copy_context()  # its log lines are about the job, too
@@ -100,10 +103,23 @@ class Lease:
         Raises:
             JobStopError: the work must stop here.
         """
+        if progress.stage != self._progress.stage:
+            self._note("stage", {"stage": progress.stage})
         self._gpu = gpu
         self._forecast = progress.forecast or self._forecast  # told once, shown to the end
         self._progress = progress
         self.check()
+
+    def note_block(self, method: str, block: int, blocks: int, loss: float | None) -> None:
+        """Note that a block is finished, and the loss it ended with."""
+        self._note("block", {"method": method, "block": block, "blocks": blocks, "loss": _finite(loss)})
+
+    def flush(self) -> None:
+        """Renew now, so that everything noted is in the database before the attempt ends."""
+        try:
+            self._renew()
+        except SQLAlchemyError as error:  # a missing stage or block is no reason to lose the work
+            log.warning("job %s: its latest events could not be written: %s", self.claim.job_id, error)
 
     def check(self) -> None:
         """Raise if the work must stop here."""
@@ -126,6 +142,10 @@ class Lease:
             return True
         return False
 
+    def _note(self, kind: EventKind, data: dict[str, Any]) -> None:
+        """Leave an event for the next renewal."""
+        self._happenings.append(Happening(kind, {**data, "attempt": self.claim.attempt}))
+
     def _run(self) -> None:
         stopping_since: float | None = None
         while not self._done.wait(self._every):
@@ -147,9 +167,12 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        progress = self._progress
-        with self._sessions.begin() as session:
-            state = JobRepository(session).renew(self.claim, self._length, progress.stage, self._document(progress))
+        with self._renewing:
+            progress, happenings = self._progress, list(self._happenings)
+            document = self._document(progress)
+            with self._sessions.begin() as session:
+                state = JobRepository(session).renew(self.claim, self._length, progress.stage, document, happenings)
+            del self._happenings[: len(happenings)]
         self._renewed = time.monotonic()
         if state is None:
             self._stop = LeaseLostError()

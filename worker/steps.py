@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -18,17 +19,37 @@ from opentelemetry.trace import Span, Tracer
 from aquant_core.progress import Progress
 
 
+@dataclass(frozen=True)
+class BlockEnd:
+    """A block that was gone through to its end.
+
+    Attributes:
+        method: the method it was reconstructed by.
+        block: its number, from 1.
+        blocks: how many there are.
+        loss: reconstruction loss of its last step.
+        seconds: how long it took.
+    """
+
+    method: str
+    block: int
+    blocks: int
+    loss: float | None
+    seconds: float
+
+
 class Steps:
     """The steps of one attempt, within the span that is the current one when it begins; it begins in the intake.
 
-    ``on_block`` is told the method and the seconds of every block that was gone through to its end.
+    ``on_block`` is told of every block that was gone through to its end.
     """
 
-    def __init__(self, tracer: Tracer, on_block: Callable[[str, float], None]) -> None:
+    def __init__(self, tracer: Tracer, on_block: Callable[[BlockEnd], None]) -> None:
         self._tracer, self._on_block = tracer, on_block
         self._stage = "intake"
         self._block: tuple[str | None, int] | None = None
         self._block_began = 0.0
+        self._latest: Progress | None = None
         self._attempt: Span = trace.INVALID_SPAN
         self._stage_span: Span = trace.INVALID_SPAN
         self._block_span: Span = trace.INVALID_SPAN
@@ -59,14 +80,17 @@ class Steps:
             self._block, self._block_began = block, time.monotonic()
             self._block_span = self._begin("block", self._stage_span)
             self._block_span.set_attributes({"aquant.method": progress.method or "", "aquant.block": progress.block})
+        self._latest = progress
         if progress.loss is not None:
             self._block_span.set_attributes({"aquant.iteration": progress.iteration, "aquant.loss": progress.loss})
 
     def _end_block(self) -> None:
-        if self._block is None:
+        if self._block is None or self._latest is None:
             return
         self._block_span.end()
-        self._on_block(self._block[0] or "", time.monotonic() - self._block_began)
+        last = self._latest
+        seconds = time.monotonic() - self._block_began
+        self._on_block(BlockEnd(last.method or "", last.block, last.blocks, last.loss, seconds))
         self._block = None
 
     def _begin(self, name: str, parent: Span) -> Span:

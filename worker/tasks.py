@@ -37,7 +37,7 @@ from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpecte
 from worker.lease import JobStopError, Lease, LeaseLostError
 from worker.presence import worker_name
 from worker.reporting import publish
-from worker.steps import Steps
+from worker.steps import BlockEnd, Steps
 from worker.workplace import DISK_FULL, disk_is_full, workplace
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class JobRunner:
         with (
             workplace(self._settings.work_dir, job.id, claim.attempt) as folder,
             Lease(claim, self._settings, self._sessions, self._end_process) as lease,
-            Steps(self._tracer, self._count_block) as steps,
+            Steps(self._tracer, functools.partial(self._end_block, lease)) as steps,
         ):
             state = self._attempt(job, claim, lease, steps, folder)
         if state in FINISHED:
@@ -118,11 +118,11 @@ class JobRunner:
             except ArtifactsDownError as error:
                 log.warning("job %s: %s", job.id, error)
                 self._wait_for_artifacts(lease)
-                return self._give_back(claim, STORE_LOST)
+                return self._give_back(lease, STORE_LOST)
         except JobStopError as stop:
             return self._stop(lease, stop)
         except IntakeLostError as error:
-            return self._give_back(claim, error.problem)
+            return self._give_back(lease, error.problem)
         except IntakeFailedError as error:
             problem = error.problem
         except AQuantError as error:
@@ -132,13 +132,13 @@ class JobRunner:
         except Exception as error:
             if disk_is_full(error):
                 log.warning("job %s: %s", job.id, error)
-                return self._give_back(claim, DISK_FULL)
+                return self._give_back(lease, DISK_FULL)
             from worker.device import gpu_is_full, gpu_is_lost  # torch: it is imported by now, or the error is another
 
             if gpu_is_lost(error):
                 log.error("job %s: the GPU is lost, and this worker stops: %s", job.id, error)
                 os.kill(os.getppid(), signal.SIGTERM)  # before it loses the next job; it starts with what is left
-                return self._give_back(claim, GPU_LOST)
+                return self._give_back(lease, GPU_LOST)
             if gpu_is_full(error):
                 return self._finish(lease, JobState.FAILED, GPU_FULL)
             log.exception("job %s failed", job.id)
@@ -171,12 +171,14 @@ class JobRunner:
             resume_from=blocks.folder,
         )
         report(Progress(stage="save"))
+        lease.flush()
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
 
-    def _count_block(self, method: str, seconds: float) -> None:
+    def _end_block(self, lease: Lease, end: BlockEnd) -> None:
+        lease.note_block(end.method, end.block, end.blocks, end.loss)
         try:
             with self._sessions.begin() as session:
-                Tallies(session).add("block", seconds, method)
+                Tallies(session).add("block", end.seconds, end.method)
         except SQLAlchemyError:
             log.exception("the database did not take a block's duration")  # no reason to lose the job
 
@@ -211,11 +213,14 @@ class JobRunner:
             os.kill(os.getpid(), signal.SIGKILL)  # the worker starts another process, which clears up
 
     def _finish(self, lease: Lease, state: JobState, problem: Problem | None) -> JobState | None:
+        lease.flush()
         with self._sessions.begin() as session:
             error = None if problem is None else problem.model_dump()
             return JobRepository(session).finish(lease.claim, state, lease.stage, error)
 
-    def _give_back(self, claim: Claim, problem: Problem) -> JobState | None:
+    def _give_back(self, lease: Lease, problem: Problem) -> JobState | None:
+        claim = lease.claim
+        lease.flush()
         with self._sessions.begin() as session:
             state = JobRepository(session).give_back(claim, self._settings.max_attempts, problem.model_dump())
         if state == JobState.QUEUED:

@@ -16,9 +16,11 @@ from service.addresses import neighbourhood
 from service.api.deps import Parts, PartsDep
 from service.api.locality import SAFE_METHODS, check_keyless
 from service.jobs.errors import KeyInvalidError, KeyMissingError, KeyScopeError, ServiceError
+from service.jobs.idempotency import IdempotencyKeys
 from service.jobs.keys import KeyRepository, Scope
 from service.jobs.owners import Account
 from service.jobs.repository import JobRepository
+from service.jobs.uploads import UploadRepository
 from service.settings import Settings
 
 _bearer = HTTPBearer(
@@ -46,6 +48,17 @@ class Owner:
         """The owner's jobs, in a transaction."""
         with self._sessions.begin() as session:
             yield JobRepository(session).of(self.name)
+
+    @contextmanager
+    def uploads(self) -> Iterator[UploadRepository]:
+        """The owner's uploads, in a transaction."""
+        with self._sessions.begin() as session:
+            yield UploadRepository(session, self._settings, self.name)
+
+    def has_used(self, idempotency_key: str) -> bool:
+        """Whether this key stands for a job of the owner's."""
+        with self._sessions() as session:
+            return IdempotencyKeys(session, self._settings, self.name).has(idempotency_key)
 
     @contextmanager
     def account(self) -> Iterator[Account]:

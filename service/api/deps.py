@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.api.rates import Rates
+from service.api.watching import JobWatch
 from service.artifacts import Artifacts
 from service.jobs.queue import JobQueue
 from service.jobs.submission import Submitter
@@ -27,6 +28,7 @@ class Parts:
     submitter: Submitter
     registry: CollectorRegistry
     rates: Rates
+    watch: JobWatch
 
 
 def _parts(request: Request) -> Parts:

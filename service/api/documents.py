@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.records import JobRecord
-from service.jobs.schemas import FileInfo, JobDocument, JobLinks, JobProgress, Problem
+from service.jobs.schemas import FileInfo, JobDocument, JobLinks, JobProgress, Problem, WebhookStatus
 from service.jobs.states import FINISHED, Device, JobState
 
 
@@ -35,8 +35,17 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
             for artifact in sorted(job.artifacts, key=lambda artifact: artifact.name)
         },
         error=None if job.error is None else Problem.model_validate(job.error),
+        webhook=None
+        if job.webhook is None
+        else WebhookStatus(
+            url=job.webhook.url,
+            tries=job.webhook.tries,
+            delivered_at=job.webhook.delivered_at,
+            error=job.webhook.error,
+        ),
         links=JobLinks(
             self=here,
+            events=f"{here}/events",
             cancel=f"{here}/cancel" if job.state in (JobState.QUEUED, JobState.RUNNING) else None,
             report=f"{here}/report" if done else None,
             checkpoint=f"{here}/checkpoint" if done else None,

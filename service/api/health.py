@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.auth import TrustedDep
 from service.api.deps import Parts, PartsDep
-from service.api.problems import RESPONSE, problem
+from service.api.problems import problem, responses
 from service.artifacts import ArtifactsDownError
 from service.jobs.queue import QueueDownError
 from service.jobs.repository import JobRepository, now
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/health", tags=["health"])
 
 
-@router.get("/live")
+@router.get("/live", responses=responses())
 def live() -> Health:
     """The process answers."""
     return Health(status="ok")
 
 
-@router.get("/ready", response_model=Health, responses={503: RESPONSE})
+@router.get("/ready", response_model=Health, responses=responses("not_ready"))
 def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
     """Database, files and broker answer; whether workers are alive is told, but jobs can be taken in without.
 
@@ -55,7 +55,6 @@ def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
     faulty = [name for name in ("database", "artifacts", "broker") if checks[name] != "ok"]
     if faulty:
         return problem(
-            503,
             "not_ready",
             f"Not available: {', '.join(faulty)}.",
             "Start it, or see the server's log; this probe turns green by itself.",

@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.api.auth import WatcherDep
 from service.api.deps import PartsDep
-from service.api.problems import RESPONSE
+from service.api.problems import REFUSALS, responses
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import JobRecord, WorkerRecord
 from service.jobs.repository import JobRepository, StateCount, now
@@ -47,7 +47,15 @@ REQUEST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}}, 401: RESPONSE, 403: RESPONSE, 429: RESPONSE},
+    responses={
+        200: {
+            "description": "The metrics",
+            "content": {
+                kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")
+            },
+        },
+        **responses(*REFUSALS, "database_unavailable"),
+    },
     dependencies=[WatcherDep],
 )
 def metrics(request: Request, parts: PartsDep) -> Response:

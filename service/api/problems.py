@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from http import HTTPStatus
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,70 +15,83 @@ from starlette.responses import Response
 from service.artifacts import ArtifactsDownError
 from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import ServiceError
+from service.jobs.problem_kinds import KINDS, address_of, title_of
 from service.jobs.schemas import Problem
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
-RETRY_SECONDS = "5"
+_RETRY = {"Retry-After": "5"}
 """When to ask again while a part of the service does not answer."""
+_LATER = "Try again later; if it stays, tell the operator: the server's log has the reason."
 
-STATUS = {
-    "job_not_found": HTTPStatus.NOT_FOUND,
-    "job_state_conflict": HTTPStatus.CONFLICT,
-    "artifact_not_ready": HTTPStatus.CONFLICT,
-    "cursor_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "form_invalid": HTTPStatus.BAD_REQUEST,
-    "content_type_unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    "upload_too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    "upload_empty": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "model_format_unsupported": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    "model_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "architecture_missing": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "images_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
-    "range_not_satisfiable": HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
-    "key_missing": HTTPStatus.UNAUTHORIZED,
-    "key_invalid": HTTPStatus.UNAUTHORIZED,
-    "key_scope_insufficient": HTTPStatus.FORBIDDEN,
-    "keys_required": HTTPStatus.FORBIDDEN,
-    "host_refused": HTTPStatus.FORBIDDEN,
-    "origin_refused": HTTPStatus.FORBIDDEN,
-    "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
-    "job_quota_exceeded": HTTPStatus.TOO_MANY_REQUESTS,
-    "storage_quota_exceeded": HTTPStatus.FORBIDDEN,
-}
-"""HTTP status of each of the service's error codes."""
-
-REMEDIES = {
+FRAMEWORK = {
     404: ("not_found", "See /docs for the paths there are."),
     405: ("method_not_allowed", "See the Allow header, or /docs."),
     413: ("body_too_large", "Send a smaller body."),
     415: ("content_type_unsupported", "See /docs for the content type of this call."),
 }
+"""Code and remedy of what the framework refuses by itself."""
 
-RESPONSE: dict[str, Any] = {
-    "description": "A problem document",
-    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-}
-"""OpenAPI's entry for a problem."""
+REFUSALS = (
+    "key_missing",
+    "key_invalid",
+    "key_scope_insufficient",
+    "keys_required",
+    "host_refused",
+    "origin_refused",
+    "rate_limited",
+)
+"""What every call but the public ones may be answered with (``service.api.auth``)."""
 
 
-def problem(
-    status: int, code: str, detail: str, remedy: str, headers: dict[str, str] | None = None, **members: Any
-) -> Response:
+def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's entries for the problems that a call may answer with: one for each status, an example for each code."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for code in sorted({*codes, "internal_error"}):
+        kind = KINDS[code]
+        assert kind.status is not None, f"{code} is met in jobs alone"
+        entry = found.setdefault(
+            kind.status,
+            {
+                "description": "",
+                "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}},
+            },
+        )
+        entry["description"] = ", ".join(filter(None, (entry["description"], f"`{code}`")))
+        example = _document(code, kind.status, kind.cause, kind.remedy)
+        entry["content"][MEDIA_TYPE]["examples"][code] = {"value": example.model_dump(mode="json")}
+    return found
+
+
+def problem(code: str, detail: str, remedy: str, headers: Mapping[str, str] | None = None, **members: Any) -> Response:
     """A problem as a response; ``members`` are extension members of the document."""
-    document = Problem(
-        title=HTTPStatus(status).phrase, status=status, code=code, detail=detail, remedy=remedy, **members
+    status = KINDS[code].status
+    assert status is not None, f"{code} is met in jobs alone"
+    return _respond(_document(code, status, detail, remedy, **members), headers)
+
+
+def _document(code: str, status: int, detail: str, remedy: str, **members: Any) -> Problem:
+    return Problem(
+        type=address_of(code),
+        title=title_of(code),
+        status=status,
+        code=code,
+        detail=detail,
+        remedy=remedy,
+        **members,
     )
-    return Response(document.model_dump_json(), status, headers, MEDIA_TYPE)
+
+
+def _respond(document: Problem, headers: Mapping[str, str] | None) -> Response:
+    return Response(document.model_dump_json(), document.status or 500, headers, MEDIA_TYPE)
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     _note(request, error.code, error.detail)
-    return problem(STATUS[error.code], error.code, error.detail, error.remedy, dict(error.headers), **error.members)
+    return problem(error.code, error.detail, error.remedy, error.headers, **error.members)
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
@@ -86,29 +99,25 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
     faults = [f"{' '.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
     detail = f"{'; '.join(faults)}."
     _note(request, "request_invalid", detail)
-    return problem(422, "request_invalid", detail, "See /docs for the parameters of this call.")
+    return problem("request_invalid", detail, "See /docs for the parameters of this call.")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code, remedy = REMEDIES.get(error.status_code, ("http_error", "See /docs."))
+    code, remedy = FRAMEWORK.get(error.status_code, ("http_error", "See /docs."))
     detail = f"{request.method} {request.url.path}: {error.detail}."
     _note(request, code, detail)
-    return problem(error.status_code, code, detail, remedy, dict(error.headers or {}))
+    return _respond(_document(code, error.status_code, detail, remedy), error.headers)
 
 
 async def _database_down(request: Request, error: Exception) -> Response:
-    return _unavailable(request, error, "database_unavailable", "The service's database does not answer.")
+    log.warning("%s %s: %s", request.method, request.url.path, error)
+    return problem("database_unavailable", "The service's database does not answer.", _LATER, _RETRY)
 
 
 async def _artifacts_down(request: Request, error: Exception) -> Response:
-    return _unavailable(request, error, "artifacts_unavailable", "The store of the service's files does not answer.")
-
-
-def _unavailable(request: Request, error: Exception, code: str, detail: str) -> Response:
     log.warning("%s %s: %s", request.method, request.url.path, error)
-    remedy = "Try again later; if it stays, tell the operator: the server's log has the reason."
-    return problem(503, code, detail, remedy, {"Retry-After": RETRY_SECONDS})
+    return problem("artifacts_unavailable", "The store of the service's files does not answer.", _LATER, _RETRY)
 
 
 async def _disconnected(_request: Request, _error: Exception) -> Response:
@@ -119,7 +128,6 @@ def unforeseen(request: Request, error: Exception) -> Response:
     """The answer to a request that failed for a reason nobody thought of."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return problem(
-        500,
         "internal_error",
         "The service met an error it did not expect.",
         "Try again; if it stays, report it with this answer's X-Request-ID: the server's log has the details.",

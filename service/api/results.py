@@ -2,95 +2,151 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from service.api.auth import Owner, OwnerDep
+from service.api.conditions import (
+    NOT_MODIFIED,
+    IfNoneMatch,
+    RangeNotSatisfiableError,
+    byte_range,
+    described,
+    entity_tag,
+    is_current,
+    repr_digest,
+)
 from service.api.deps import PartsDep
-from service.api.problems import RESPONSE, problem
+from service.api.problems import REFUSALS, problem, responses
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.states import JobState
 
-router = APIRouter(tags=["results"], responses={"4XX": RESPONSE, 422: RESPONSE, 503: RESPONSE})
+router = APIRouter(
+    tags=["results"],
+    responses=responses(
+        *REFUSALS,
+        "job_not_found",
+        "artifact_not_ready",
+        "request_invalid",
+        "database_unavailable",
+        "artifacts_unavailable",
+    ),
+)
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_HEADERS = described(
+    ETag="The sha256 of the whole file, in hex and quotes.",
+    Repr_Digest="The same as RFC 9530 writes it.",
+)
+_RANGED = {**_HEADERS, **described(Accept_Ranges="bytes", Content_Disposition="A name to keep it under.")}
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @dataclass(frozen=True)
 class _File:
     key: str
     size: int
-    etag: str
+    sha256: str
+
+    @property
+    def etag(self) -> str:
+        return entity_tag(self.sha256)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"ETag": self.etag, "Repr-Digest": repr_digest(self.sha256), "Cache-Control": "no-cache"}
 
 
-@router.get("/jobs/{job_id}/report", responses={200: {"content": {"application/json": {}}}})
-async def report(
-    parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: Annotated[str | None, Header()] = None
-) -> Response:
+@router.get(
+    "/jobs/{job_id}/report",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The report",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+            "headers": _HEADERS,
+        },
+        **NOT_MODIFIED,
+    },
+)
+async def report(parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: IfNoneMatch = None) -> Response:
     """The accuracy report of a job that succeeded."""
     file = await run_in_threadpool(_find, owner, job_id, "report")
-    headers = {"ETag": file.etag}
-    if if_none_match is not None and file.etag in if_none_match:
-        return Response(status_code=304, headers=headers)
+    if is_current(if_none_match, file.etag):
+        return Response(status_code=304, headers=file.headers)
     body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
-    return Response(body, media_type="application/json", headers=headers)
+    return Response(body, media_type="application/json", headers=file.headers)
 
 
-@router.head("/jobs/{job_id}/checkpoint", include_in_schema=False)
+def _file_responses(what: str) -> dict[int | str, dict[str, Any]]:
+    return {
+        200: {"description": f"The whole {what}", "content": _BINARY, "headers": _RANGED},
+        206: {
+            "description": "The range asked for",
+            "content": _BINARY,
+            "headers": {**_RANGED, **described(Content_Range="Where the range lies in the file.")},
+        },
+        **NOT_MODIFIED,
+        **responses("range_not_satisfiable"),
+    }
+
+
 @router.get(
-    "/jobs/{job_id}/checkpoint",
-    responses={
-        200: {"content": {"application/octet-stream": {}}, "description": "The whole file"},
-        206: {"content": {"application/octet-stream": {}}, "description": "The range asked for"},
-    },
+    "/jobs/{job_id}/checkpoint", response_class=StreamingResponse, responses=_file_responses("quantized checkpoint")
 )
 async def checkpoint(
     request: Request,
     parts: PartsDep,
     owner: OwnerDep,
     job_id: str,
-    range: Annotated[str | None, Header(description="One range of bytes.")] = None,
-    if_range: Annotated[str | None, Header()] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    range: Annotated[
+        str | None, Header(alias="Range", description="One range of bytes; of several, all are sent.")
+    ] = None,
+    if_range: Annotated[
+        str | None, Header(alias="If-Range", description="The range only if this entity tag is current.")
+    ] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The quantized checkpoint of a job that succeeded; its ETag is the sha256 of its bytes."""
+    """The quantized checkpoint of a job that succeeded (safetensors); its ETag is the sha256 of its bytes."""
     file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
     headers = {
-        "ETag": file.etag,
+        **file.headers,
         "Accept-Ranges": "bytes",
         "Content-Disposition": f'attachment; filename="aquant-{job_id}.safetensors"',
     }
-    if if_none_match is not None and file.etag in if_none_match:
+    if is_current(if_none_match, file.etag):
         return Response(status_code=304, headers=headers)
-    start, stop, status = 0, file.size, 200
-    match = _RANGE.fullmatch(range.strip()) if range is not None else None
-    # A Range that cannot be read, or asks for several pieces, may be ignored (RFC 9110, 14.2).
-    if match and match.group(0) != "bytes=-" and if_range in (None, file.etag):
-        first, last = match.groups()
-        if first:
-            start, stop = int(first), min(file.size, int(last) + 1 if last else file.size)
-        else:
-            start = max(0, file.size - int(last))
-        if start >= stop:
-            return problem(
-                416,
-                "range_not_satisfiable",
-                f"The range {range!r} lies outside the file's {file.size} bytes.",
-                "Ask for a range that begins inside the file.",
-                {"Content-Range": f"bytes */{file.size}"},
-            )
-        status = 206
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
+    # A range is a matter of GET alone (RFC 9110, 14.2).
+    wanted = range if request.method == "GET" and if_range in (None, file.etag) else None
+    try:
+        part = byte_range(wanted, file.size)
+    except RangeNotSatisfiableError:
+        return problem(
+            "range_not_satisfiable",
+            f"The range {range!r} lies outside the file's {file.size} bytes.",
+            "Ask for a range that begins inside the file.",
+            {"Content-Range": f"bytes */{file.size}"},
+        )
+    start, stop = part or (0, file.size)
     headers["Content-Length"] = str(stop - start)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
     if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type="application/octet-stream")
+        return Response(headers=headers, media_type="application/octet-stream")
     body = await parts.artifacts.stream(file.key, start, stop)
-    return StreamingResponse(body, status, headers, "application/octet-stream")
+    return StreamingResponse(body, 200 if part is None else 206, headers, "application/octet-stream")
+
+
+# Routes of its own for HEAD, each with its own id in the OpenAPI document.
+router.head(
+    "/jobs/{job_id}/checkpoint",
+    name="checkpoint_head",
+    response_class=Response,
+    responses={200: {"description": "The headers of GET", "headers": _RANGED}, **NOT_MODIFIED},
+)(checkpoint)
 
 
 _REMEDY = {
@@ -108,4 +164,4 @@ def _find(owner: Owner, job_id: str, name: str) -> _File:
                 f"Job {job_id} is {job.state} and has no {name}.",
                 _REMEDY.get(job.state, "Ask again once it has succeeded."),
             )
-        return _File(artifact.key, artifact.size, f'"{artifact.sha256}"')
+        return _File(artifact.key, artifact.size, artifact.sha256)

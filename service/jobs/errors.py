@@ -114,6 +114,72 @@ class ImagesInvalidError(ServiceError):
     code = "images_invalid"
 
 
+class UploadNotFoundError(ServiceError):
+    """There is no upload of this digest, or it is somebody else's."""
+
+    code = "upload_not_found"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"There is no upload {sha256!r}.", f"Send it with PUT /uploads/{sha256}.")
+
+
+class UploadMissingError(ServiceError):
+    """A job names an upload that is not there, or not complete."""
+
+    code = "upload_missing"
+
+    def __init__(self, name: str, sha256: str) -> None:
+        super().__init__(
+            f"`{name}` is said to be sha256:{sha256}, of which there is no complete upload.",
+            f"Complete PUT /uploads/{sha256} first; HEAD tells how far it is.",
+        )
+
+
+class UploadInUseError(ServiceError):
+    """An upload cannot be deleted while a job uses it."""
+
+    code = "upload_in_use"
+
+
+class UploadOffsetError(ServiceError):
+    """A piece does not begin where its upload ends."""
+
+    code = "upload_offset_conflict"
+
+    def __init__(self, detail: str, offset: int) -> None:
+        super().__init__(detail, f"Go on at byte {offset}.", offset=offset)
+
+
+class ContentRangeError(ServiceError):
+    """A piece's place in its file cannot be read, or is not what was said before."""
+
+    code = "content_range_invalid"
+
+
+class DigestMismatchError(ServiceError):
+    """A finished upload is not what it was announced as."""
+
+    code = "digest_mismatch"
+
+
+class IdempotencyKeyReusedError(ServiceError):
+    """An idempotency key came a second time, with another request."""
+
+    code = "idempotency_key_reused"
+
+
+class IdempotentJobDeletedError(ServiceError):
+    """The job that an idempotency key stands for is gone."""
+
+    code = "idempotent_job_deleted"
+
+
+class WebhookRefusedError(ServiceError):
+    """A webhook's address or secret is not one that is used."""
+
+    code = "webhook_refused"
+
+
 class KeyMissingError(ServiceError):
     """The service asks for an API key, and the request has none."""
 

@@ -10,8 +10,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from service.artifacts import upload_prefix
 from service.jobs.errors import JobQuotaError, StorageQuotaError
-from service.jobs.records import ArtifactRecord, JobRecord, OwnerRecord
+from service.jobs.records import ArtifactRecord, JobRecord, OwnerRecord, UploadRecord
 from service.jobs.states import HELD, JobState
 from service.settings import Settings
 
@@ -79,12 +80,14 @@ class Account:
         )
 
     def usage(self) -> Usage:
-        """What is in use now; files count once for each job that has them."""
+        """What is in use now; files count once for each job they were sent with, and once as uploads."""
         mine = JobRecord.owner == self._owner
         rows = self._session.execute(select(JobRecord.state, func.count()).where(mine).group_by(JobRecord.state))
         jobs = {state: count for state, count in rows}  # noqa: C416  (dict() cannot tell their types)
-        size = self._session.scalar(select(func.coalesce(func.sum(ArtifactRecord.size), 0)).join(JobRecord).where(mine))
-        return Usage(jobs.get(JobState.QUEUED, 0), sum(jobs.get(state, 0) for state in HELD), int(size or 0))
+        own = ArtifactRecord.key.not_like(f"{upload_prefix('')}%")
+        size = self._session.scalar(select(func.sum(ArtifactRecord.size)).join(JobRecord).where(mine, own)) or 0
+        size += self._session.scalar(select(func.sum(UploadRecord.size)).where(UploadRecord.owner == self._owner)) or 0
+        return Usage(jobs.get(JobState.QUEUED, 0), sum(jobs.get(state, 0) for state in HELD), int(size))
 
     def check_job(self, size: int) -> None:
         """Whether one more job with files of this many bytes fits; holds the owner until the transaction ends.
@@ -97,6 +100,15 @@ class Account:
         limits, usage = self.limits(), self.usage()
         check_queued(limits, usage)
         check_stored(limits, usage, size)
+
+    def check_upload(self, size: int) -> None:
+        """Whether an upload of this many bytes fits; holds the owner until the transaction ends.
+
+        Raises:
+            StorageQuotaError: it would not.
+        """
+        hold_owner(self._session, self._owner or "")
+        check_stored(self.limits(), self.usage(), size)
 
 
 def check_queued(limits: Limits, usage: Usage) -> None:
@@ -123,9 +135,9 @@ def check_stored(limits: Limits, usage: Usage, size: int) -> None:
 
 
 class Room:
-    """The room an owner has for the files of one job that is being sent."""
+    """The room an owner has for the files of one job that is being sent; all there is where ``usage`` is None."""
 
-    def __init__(self, limits: Limits, usage: Usage) -> None:
+    def __init__(self, limits: Limits, usage: Usage | None) -> None:
         self.limits, self._usage, self._sent = limits, usage, 0
 
     async def admit(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
@@ -136,7 +148,8 @@ class Room:
         """
         async for chunk in chunks:
             self._sent += len(chunk)
-            check_stored(self.limits, self._usage, self._sent)
+            if self._usage is not None:
+                check_stored(self.limits, self._usage, self._sent)
             yield chunk
 
 

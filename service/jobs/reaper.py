@@ -12,14 +12,16 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.artifacts import Artifacts, ArtifactsDownError, blocks_prefix, job_prefix
+from service.artifacts import Artifacts, ArtifactsDownError, blocks_prefix, job_prefix, upload_prefix
 from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN
 from service.jobs.errors import JobNotFoundError
+from service.jobs.idempotency import forget
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
 from service.jobs.states import FINISHED, JobState
+from service.jobs.uploads import delete_unused, expired, known_places
 from service.logs import about
 from service.settings import Settings
 
@@ -78,6 +80,8 @@ class Reaper:
         self.take_back_expired()
         self.announce_forgotten()
         self.delete_expired()
+        self.delete_unused_uploads()
+        self.forget_idempotency_keys()
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + SWEEP_SECONDS
             self.sweep_orphans()
@@ -127,14 +131,36 @@ class Reaper:
             self._artifacts.discard(job_prefix(job_id))
             log.info("job %s has been kept for %.0f seconds and is deleted", job_id, self._settings.keep_seconds)
 
-    def sweep_orphans(self) -> None:
-        """Delete files of jobs that do not exist: a process died between writing files and row."""
-        names = self._artifacts.folders("jobs")
+    def delete_unused_uploads(self) -> None:
+        """Delete uploads that were abandoned, and those that no job has used for long."""
+        before = now() - timedelta(seconds=self._settings.upload_keep_seconds)
         with self._sessions() as session:
-            known = JobRepository(session).existing(names)
-        for name in set(names) - known:
-            at = self._artifacts.written_at(job_prefix(name))
-            if at is not None and at < time.time() - ORPHAN_SECONDS:
-                with about(job_id=name):
-                    log.info("deleting the files of %s: there is no such job", name)
-                self._artifacts.delete_prefix(job_prefix(name))
+            unused = expired(session, before, EXPIRED_AT_A_TIME)
+        for upload in unused:
+            with self._sessions.begin() as session:
+                gone = delete_unused(session, upload)
+            if gone:
+                self._artifacts.discard(upload_prefix(upload.place))
+                log.info("upload %s is used by no job and is deleted", upload.sha256)
+
+    def forget_idempotency_keys(self) -> None:
+        """Delete the keys that stand for nothing any more."""
+        with self._sessions.begin() as session:
+            forget(session, now() - timedelta(seconds=self._settings.idempotency_seconds))
+
+    def sweep_orphans(self) -> None:
+        """Delete files of jobs and uploads that do not exist: a process died between writing files and row."""
+        names, places = self._artifacts.folders("jobs"), self._artifacts.folders("uploads")
+        with self._sessions() as session:
+            jobs, uploads = JobRepository(session).existing(names), known_places(session, places)
+        for name in set(names) - jobs:
+            with about(job_id=name):
+                self._sweep(job_prefix(name))
+        for place in set(places) - uploads:
+            self._sweep(upload_prefix(place))
+
+    def _sweep(self, prefix: str) -> None:
+        at = self._artifacts.written_at(prefix)
+        if at is not None and at < time.time() - ORPHAN_SECONDS:
+            log.info("deleting %s: nothing of this name is known", prefix)
+            self._artifacts.delete_prefix(prefix)

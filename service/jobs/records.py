@@ -1,4 +1,4 @@
-"""The tables: jobs, their artifacts, the workers that have been seen, API keys and whom they belong to."""
+"""The tables: jobs with artifacts, events and webhooks; uploads; workers seen; owners and their API keys; tallies."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class JobRecord(Record):
     __table_args__ = (
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_state_created_at", "state", "created_at"),
+        Index("ix_jobs_fingerprint", "fingerprint"),
         Index("ix_jobs_state_owner_created_at", "state", "owner", "created_at"),
     )
 
@@ -92,6 +93,9 @@ class JobRecord(Record):
     origin: Mapped[dict[str, Any] | None]
     """What brought the job: ``request_id``, and the context of the request's trace."""
 
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    """Digest of configuration and files: jobs with the same one do the same work."""
+
     attempt: Mapped[int] = mapped_column(default=0)
     """How often the job was claimed; also the fence that an outlived worker's writes fail at."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
@@ -101,15 +105,18 @@ class JobRecord(Record):
         lazy="selectin", cascade="all, delete-orphan", passive_deletes=True
     )
 
+    webhook: Mapped[WebhookRecord | None] = relationship(lazy="selectin", cascade="all", passive_deletes=True)
+
     def artifact(self, name: str) -> ArtifactRecord | None:
         """The artifact of this name, if the job has it."""
         return next((artifact for artifact in self.artifacts if artifact.name == name), None)
 
 
 class ArtifactRecord(Record):
-    """One stored object of a job: an upload or a result."""
+    """One stored object of a job: an upload or a result. Several jobs may name the same object under ``uploads/``."""
 
     __tablename__ = "artifacts"
+    __table_args__ = (Index("ix_artifacts_key", "key"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(16), primary_key=True)
@@ -117,6 +124,87 @@ class ArtifactRecord(Record):
     format: Mapped[str] = mapped_column(String(16))
     size: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
+
+
+class EventRecord(Record):
+    """Something that happened to a job, numbered from 1; written in the transaction that made it happen."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    kind: Mapped[str] = mapped_column(String(16))
+    data: Mapped[dict[str, Any]]
+
+
+class WebhookRecord(Record):
+    """Whom to tell that a job has ended, and how far that has come."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_due_at", "due_at"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    message_id: Mapped[str] = mapped_column(String(40))
+    """The same in every attempt, so that its receiver can tell a repetition."""
+    url: Mapped[str] = mapped_column(String(2048))
+    secret: Mapped[str] = mapped_column(String(128))
+    due_at: Mapped[datetime | None]
+    """Not to be tried before, nor before the job has ended; None once there is nothing more to try."""
+    tries: Mapped[int] = mapped_column(default=0)
+    delivered_at: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(String(300))
+    """Why the latest try came to nothing."""
+
+
+class IdempotencyRecord(Record):
+    """A submission that must not be carried out twice."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("ix_idempotency_keys_created_at", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Digest of owner and key."""
+    owner: Mapped[str | None] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    """Digest of all that was asked for."""
+    job_id: Mapped[str] = mapped_column(String(32))
+    """The job that came of it; it may have been deleted since."""
+    created_at: Mapped[datetime]
+
+
+class UploadRecord(Record):
+    """A file that is sent in pieces, or has been; kept once for each owner."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (Index("ix_uploads_touched_at", "touched_at"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """Digest of owner and sha256, so that two owners never meet in one row."""
+    owner: Mapped[str | None] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64))
+    place: Mapped[str] = mapped_column(String(32), unique=True)
+    """Name of its folder in the store; drawn anew whenever the row is."""
+    size: Mapped[int] = mapped_column(BigInteger)
+    """Bytes it will have."""
+    offset: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Bytes it has."""
+    key: Mapped[str | None] = mapped_column(String(255))
+    """The whole file; None until it is complete."""
+    created_at: Mapped[datetime]
+    touched_at: Mapped[datetime]
+    """When it was last added to, or named by a job."""
+
+
+class UploadPieceRecord(Record):
+    """A piece of an upload that is not complete."""
+
+    __tablename__ = "upload_pieces"
+
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    size: Mapped[int] = mapped_column(BigInteger)
+    key: Mapped[str] = mapped_column(String(255))
 
 
 class WorkerRecord(Record):

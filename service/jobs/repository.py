@@ -18,7 +18,8 @@ from sqlalchemy.orm import Session, lazyload
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
-from service.jobs.records import ALIVE_SECONDS, ArtifactRecord, JobRecord, WorkerRecord
+from service.jobs.events import Happening, JobEvents, entered
+from service.jobs.records import ALIVE_SECONDS, ArtifactRecord, EventRecord, JobRecord, WorkerRecord
 from service.jobs.states import FINISHED, HELD, Device, JobState, sources
 from service.jobs.tallies import Tallies
 from service.jobs.turns import next_jobs, runs_on
@@ -64,6 +65,7 @@ class JobRepository:
 
     def __init__(self, session: Session, scope: ColumnElement[bool] | None = None) -> None:
         self._session, self._scope = session, true() if scope is None else scope
+        self._events = JobEvents(session)
 
     def of(self, owner: str | None) -> JobRepository:
         """The jobs of this owner alone; None owns what was made without a key."""
@@ -73,6 +75,7 @@ class JobRepository:
         """Put in a new job."""
         self._session.add(job)
         self._session.flush()
+        self._events.add(job.id, job.created_at, entered(job.state, job.stage, job.attempt))
 
     def get(self, job_id: str) -> JobRecord:
         """The job of this id, as it is in the database now.
@@ -127,6 +130,32 @@ class JobRepository:
             for job_id in self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(piece)))
         }
 
+    def same_work(self, fingerprint: str) -> JobRecord | None:
+        """The latest job that has succeeded with this configuration and these files."""
+        query = select(JobRecord).where(
+            self._scope, JobRecord.fingerprint == fingerprint, JobRecord.state == JobState.SUCCEEDED
+        )
+        return self._session.scalar(query.order_by(JobRecord.created_at.desc()).limit(1))
+
+    def events_after(self, job_id: str, number: int, limit: int) -> tuple[JobRecord, Sequence[EventRecord]]:
+        """A job, and what has happened to it after the event of this number.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+        """
+        return self.get(job_id), self._events.after(job_id, number, limit)
+
+    def signs_of_change(self, job_ids: Sequence[str]) -> dict[str, Any]:
+        """For each of the jobs that is there, something that differs when its document does."""
+        waiting = select(func.count(), func.min(JobRecord.created_at)).where(JobRecord.state == JobState.QUEUED)
+        queue = (*self._session.execute(waiting).one(), *sorted(self.devices()))
+        columns = (JobRecord.id, JobRecord.state, JobRecord.attempt, JobRecord.stage, JobRecord.progress)
+        return {
+            row.id: (tuple(row), queue if row.state == JobState.QUEUED else None)
+            for start in range(0, len(job_ids), 500)  # parameters are limited
+            for row in self._session.execute(select(*columns).where(JobRecord.id.in_(job_ids[start : start + 500])))
+        }
+
     # A worker's side: claim, renew, finish.
 
     def claim_next(self, owner: str, lease: timedelta, device: Device, max_running: int | None = None) -> Claim | None:
@@ -161,14 +190,25 @@ class JobRepository:
         )
         return Claim(job_id, self.get(job_id).attempt, owner) if taken else None
 
-    def renew(self, claim: Claim, lease: timedelta, stage: str, progress: dict[str, Any] | None) -> JobState | None:
-        """Extend a lease and note progress; the job's state, or None where the claim was lost."""
-        return self._session.scalar(
+    def renew(
+        self,
+        claim: Claim,
+        lease: timedelta,
+        stage: str,
+        progress: dict[str, Any] | None,
+        happenings: Iterable[Happening] = (),
+    ) -> JobState | None:
+        """Extend a lease, note progress and what has happened; the job's state, or None where the claim was lost."""
+        at = now()
+        state = self._session.scalar(
             update(JobRecord)
             .where(_held_under(claim))
-            .values(lease_expires_at=now() + lease, stage=stage, progress=progress)
+            .values(lease_expires_at=at + lease, stage=stage, progress=progress)
             .returning(JobRecord.state)
         )
+        if state is not None:
+            self._events.add(claim.job_id, at, *happenings)
+        return state
 
     def finish(
         self,
@@ -232,11 +272,20 @@ class JobRepository:
                 state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
                 finished_at=case((queued, now())),
             )
-            .returning(JobRecord.state, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
+            .returning(
+                JobRecord.state,
+                JobRecord.stage,
+                JobRecord.attempt,
+                JobRecord.config,
+                JobRecord.started_at,
+                JobRecord.finished_at,
+            )
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if moved is not None:
-            self._tally_end(*moved)
+            state, stage, attempt, *ending = moved
+            self._events.add(job_id, now(), entered(state, stage, attempt))
+            self._tally_end(state, *ending)
         job = self.get(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobStateError(
@@ -343,12 +392,20 @@ class JobRepository:
             update(JobRecord)
             .where(JobRecord.state.in_(sources(target)), *where)
             .values(state=target, **values)
-            .returning(JobRecord.attempt, JobRecord.config, JobRecord.started_at, JobRecord.finished_at)
+            .returning(
+                JobRecord.id,
+                JobRecord.stage,
+                JobRecord.attempt,
+                JobRecord.config,
+                JobRecord.started_at,
+                JobRecord.finished_at,
+            )
             .execution_options(synchronize_session=False)
         ).one_or_none()
         if moved is None:
             return False
-        attempt, config, started_at, finished_at = moved
+        job_id, stage, attempt, config, started_at, finished_at = moved
+        self._events.add(job_id, now(), entered(target, stage, attempt, values.get("error")))
         if target == JobState.RUNNING and attempt > 1:
             Tallies(self._session).add("retry")
         self._tally_end(target, config, started_at, finished_at)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
+from service.jobs.problem_kinds import address_of, title_of
 from service.jobs.states import FINISHED, Device, JobState
 
 
@@ -16,7 +17,10 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: Annotated[str, Field(description="Always about:blank; tell problems apart by `code`.")] = "about:blank"
+    type: Annotated[
+        str,
+        Field(description="Where its cause and remedy are explained, on this service: /errors#CODE."),
+    ] = "about:blank"
     title: Annotated[str, Field(description="The kind of problem in words.")]
     status: Annotated[
         int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
@@ -28,7 +32,7 @@ class Problem(BaseModel):
     @classmethod
     def of_job(cls, code: str, detail: str, remedy: str) -> Problem:
         """The problem that a failed job carries."""
-        return cls(title=code.replace("_", " ").capitalize(), code=code, detail=detail, remedy=remedy)
+        return cls(type=address_of(code), title=title_of(code), code=code, detail=detail, remedy=remedy)
 
 
 class BlockForecast(BaseModel):
@@ -73,10 +77,78 @@ class FileInfo(BaseModel):
     format: str
 
 
+class WebhookRequest(BaseModel):
+    """Whom to tell when a job has ended, by a signed POST (Standard Webhooks)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Annotated[str, Field(description="https, and a public address.", max_length=2048)]
+    secret: Annotated[
+        str, Field(description="`whsec_` and the base64 of 24 to 64 random bytes; never shown again.", max_length=128)
+    ]
+
+
+class WebhookStatus(BaseModel):
+    """How far the telling of a webhook has come."""
+
+    url: str
+    tries: Annotated[int, Field(description="How often it was tried.")]
+    delivered_at: datetime | None = None
+    error: Annotated[str | None, Field(description="Why the latest try came to nothing.")] = None
+
+
+UploadReference = Annotated[
+    str, Field(pattern="^sha256:[0-9a-f]{64}$", description="A complete upload, `sha256:` and its digest in hex.")
+]
+
+
+class JobRequest(BaseModel):
+    """A job whose files have been uploaded before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: UploadReference
+    calibration: UploadReference
+    evaluation: UploadReference | None = None
+    config: QuantizationConfig
+    device: Annotated[Device | None, Field(description="What it is to run on; else whichever is free first.")] = None
+    reuse: Annotated[
+        bool, Field(description="If a job with the same config and files has succeeded, answer with that one (200).")
+    ] = False
+    webhook: WebhookRequest | None = None
+
+
+class UploadDocument(BaseModel):
+    """An upload, and how far it is."""
+
+    sha256: Annotated[str, Field(description="Digest of the whole file, in hex.")]
+    size: Annotated[int, Field(description="Bytes of the whole file.")]
+    offset: Annotated[int, Field(description="Bytes that are there: where to go on.")]
+    complete: Annotated[bool, Field(description="Whole and checked: jobs may name it.")]
+    expires_at: Annotated[
+        datetime, Field(description="When it is deleted, unless it is added to, or a job uses it, before.")
+    ]
+
+
+class JobEvent(BaseModel):
+    """Data of an event of a job's stream; what a kind of event does not tell of is left out."""
+
+    at: datetime
+    attempt: int
+    state: JobState | None = None
+    stage: str | None = None
+    error: Problem | None = None
+    method: str | None = None
+    block: int | None = None
+    blocks: int | None = None
+    loss: float | None = None
+
+
 class JobLinks(BaseModel):
     """Where to go from here; ``null`` where there is nothing to be had (yet)."""
 
     self: str
+    events: str
     cancel: str | None = None
     report: str | None = None
     checkpoint: str | None = None
@@ -109,6 +181,7 @@ class JobDocument(BaseModel):
     config: QuantizationConfig
     files: Annotated[dict[str, FileInfo], Field(description="Uploads and results by name.")] = {}
     error: Problem | None = None
+    webhook: Annotated[WebhookStatus | None, Field(description="Null if none was asked for.")] = None
     links: JobLinks
 
     @property

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
 from service.artifacts import Artifacts, Stored
 from service.jobs.announcement import announce
-from service.jobs.errors import ConfigError, FormError, UploadEmptyError
+from service.jobs.errors import ConfigError, FormError, UploadEmptyError, UploadMissingError
+from service.jobs.idempotency import IdempotencyKeys
 from service.jobs.image_files import check_images
 from service.jobs.model_files import check_model
 from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
+from service.jobs.schemas import WebhookRequest
 from service.jobs.states import Device, JobState
+from service.jobs.uploads import UploadRepository
+from service.jobs.webhooks import new_webhook
 from service.logs import what_about
 from service.settings import Settings
 from service.tracing import carrier
@@ -40,13 +47,37 @@ def new_job_id() -> str:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a submitter sent; the uploads are already in the store, under the job's prefix."""
+    """What a submitter sent.
+
+    Attributes:
+        job_id: the id the job is to have.
+        owner: whose it is to be.
+        config: what is to be done.
+        device: what it is to run on, if it matters.
+        files: those sent along; they are already in the store, under the job's prefix.
+        references: sha256 in hex of those uploaded before.
+        reuse: whether a job that did the same work will do as well.
+        webhook: whom to tell of the end.
+        idempotency_key: what the submitter calls this request, to send it again without having it done again.
+    """
 
     job_id: str
     owner: str | None
     config: QuantizationConfig | None
     device: Device | None
-    uploads: Mapping[UploadName, Stored]
+    files: Mapping[UploadName, Stored]
+    references: Mapping[UploadName, str]
+    reuse: bool = False
+    webhook: WebhookRequest | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What came of a submission: a new job, or one that was there."""
+
+    job_id: str
+    outcome: Literal["queued", "replayed", "reused"]
 
 
 class Submitter:
@@ -57,54 +88,91 @@ class Submitter:
     ) -> None:
         self._settings, self._sessions, self._queue, self._artifacts = settings, sessions, queue, artifacts
 
-    def submit(self, submission: Submission) -> None:
+    def submit(self, submission: Submission) -> Submitted:
         """Queue the job, once everything that can be told without reading the model has been checked.
 
+        Where another job is the answer, or an error, the submission's files are the caller's to delete.
+
         Raises:
-            ServiceError: what is wrong with it. The uploads are the caller's to delete then.
+            ServiceError: what is wrong with it.
         """
         config = submission.config
         if config is None:
             raise ConfigError("The form has no field `config`.", CONFIG_REMEDY)
         for name in ("model", "calibration"):
-            if name not in submission.uploads:
+            if name not in submission.files and name not in submission.references:
                 raise FormError(
                     f"The form has no file `{name}`.",
                     "Send multipart/form-data with the files `model` and `calibration`, optionally "
                     "`evaluation`, and the field `config` (JSON).",
                 )
-        records = [
-            ArtifactRecord(
-                job_id=submission.job_id,
-                name=name,
-                key=stored.key,
-                format=self._check(name, stored, config),
-                size=stored.size,
-                sha256=stored.sha256,
-            )
-            for name, stored in submission.uploads.items()
-        ]
+        webhook = None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_allow)
         with self._sessions.begin() as session:
-            Account(session, self._settings, submission.owner).check_job(sum(record.size for record in records))
-            JobRepository(session).add(
-                JobRecord(
-                    id=submission.job_id,
-                    owner=submission.owner,
-                    state=JobState.QUEUED,
-                    device=submission.device,
-                    config=config.model_dump(mode="json"),
-                    created_at=now(),
-                    origin={"request_id": what_about().get("request_id"), **carrier()},
-                    attempt=0,
-                    artifacts=records,
+            files = {**submission.files, **_take(self._uploads(session, submission), submission.references)}
+        job = JobRecord(
+            id=submission.job_id,
+            owner=submission.owner,
+            state=JobState.QUEUED,
+            device=submission.device,
+            config=config.model_dump(mode="json"),
+            created_at=now(),
+            origin={"request_id": what_about().get("request_id"), **carrier()},
+            fingerprint=_fingerprint(config, submission.device, files),
+            attempt=0,
+            webhook=webhook,
+            artifacts=[
+                ArtifactRecord(
+                    job_id=submission.job_id,
+                    name=name,
+                    key=stored.key,
+                    format=self._check(name, stored, config),
+                    size=stored.size,
+                    sha256=stored.sha256,
                 )
-            )
-        log.info("job %s is queued", submission.job_id)
+                for name, stored in files.items()
+            ],
+        )
         try:
-            announce(submission.job_id, self._sessions, self._queue)
+            submitted = self._put_in(submission, job)
+        except IntegrityError:  # the same idempotency key, at the same time: the job is there now
+            submitted = self._put_in(submission, job)
+        if submitted.outcome == "queued":
+            self._announce(job.id)
+        return submitted
+
+    def _put_in(self, submission: Submission, job: JobRecord) -> Submitted:
+        """Add the job, unless another is the answer; all in one transaction."""
+        key, asked = submission.idempotency_key, _digest_of_request(submission, job)
+        with self._sessions.begin() as session:
+            keys = IdempotencyKeys(session, self._settings, submission.owner)
+            if key is not None and (known := keys.job_of(key, asked)) is not None:
+                return Submitted(known, "replayed")
+            repository = JobRepository(session).of(submission.owner)
+            if submission.reuse and (same := repository.same_work(job.fingerprint or "")) is not None:
+                if key is not None:
+                    keys.add(key, asked, same.id)
+                return Submitted(same.id, "reused")
+            sent = sum(stored.size for stored in submission.files.values())
+            Account(session, self._settings, submission.owner).check_job(sent)
+            if key is not None:
+                keys.add(key, asked, job.id)
+            taken = _take(self._uploads(session, submission), submission.references)
+            for name, stored in taken.items():  # as they were when they were checked
+                if stored.key not in {artifact.key for artifact in job.artifacts}:
+                    raise UploadMissingError(name, stored.sha256)
+            repository.add(job)
+        return Submitted(job.id, "queued")
+
+    def _announce(self, job_id: str) -> None:
+        log.info("job %s is queued", job_id)
+        try:
+            announce(job_id, self._sessions, self._queue)
         except QueueDownError as error:
             # The row is in, so the job is accepted; the reaper announces it when the broker is back.
-            log.warning("job %s is queued but not announced yet: %s", submission.job_id, error)
+            log.warning("job %s is queued but not announced yet: %s", job_id, error)
+
+    def _uploads(self, session: Session, submission: Submission) -> UploadRepository:
+        return UploadRepository(session, self._settings, submission.owner)
 
     def _check(self, name: UploadName, stored: Stored, config: QuantizationConfig) -> str:
         if stored.size == 0:
@@ -138,11 +206,41 @@ def read_config(text: bytes) -> QuantizationConfig:
     try:
         return QuantizationConfig.model_validate_json(text)
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {_plain(fault['type'], fault['msg'])}"
-            for fault in error.errors(include_url=False, include_context=False)
-        ]
-        raise ConfigError(f"The configuration is not valid: {'; '.join(faults)}.", CONFIG_REMEDY) from error
+        raise ConfigError(f"The configuration is not valid: {faults_of(error, 'config')}.", CONFIG_REMEDY) from error
+
+
+def faults_of(error: ValidationError, whole: str = "the whole") -> str:
+    """Every fault of a document, with its place; ``whole`` names the document itself."""
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc'])) or whole}: {_plain(fault['type'], fault['msg'])}"
+        for fault in error.errors(include_url=False, include_context=False)
+    )
+
+
+def _take(uploads: UploadRepository, references: Mapping[UploadName, str]) -> dict[UploadName, Stored]:
+    """The files that were uploaded before."""
+    taken: dict[UploadName, Stored] = {}
+    for name, sha256 in references.items():
+        upload = uploads.use(sha256)
+        if upload is None or upload.key is None:
+            raise UploadMissingError(name, sha256)
+        taken[name] = Stored(upload.key, upload.size, upload.sha256)
+    return taken
+
+
+def _fingerprint(config: QuantizationConfig, device: Device | None, files: Mapping[UploadName, Stored]) -> str:
+    """The same for all jobs that are to do the same work; what is as by default may be said or not."""
+    digests = {name: stored.sha256 for name, stored in files.items()}
+    return _digest([config.model_dump(mode="json", exclude_defaults=True), device, digests])
+
+
+def _digest_of_request(submission: Submission, job: JobRecord) -> str:
+    webhook = None if submission.webhook is None else submission.webhook.model_dump()
+    return _digest([job.fingerprint, submission.reuse, webhook])
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(kind: str, message: str) -> str:

@@ -34,7 +34,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in heavy or
 
 CONSTANT_MEMORY = """
 import asyncio, os, resource, sys
-from service.api.uploads import FormStream
+from service.api.forms import FormStream
 from service.artifacts import open_artifacts
 from service.settings import Settings
 

@@ -12,9 +12,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import NoOpTracerProvider, Tracer
 
 from aquant_core.progress import Progress
-from worker.steps import Steps
+from worker.steps import BlockEnd, Steps
 
-Blocks = list[tuple[str, float]]
+Blocks = list[BlockEnd]
 RUN = [
     Progress("capture"),
     Progress("forecast", blocks=2, method="aquant"),
@@ -50,7 +50,7 @@ def _nothing_is_ended_twice(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def go_through(tracer: Tracer, reports: list[Progress], error: type[Exception] | None = None) -> Blocks:
     blocks: Blocks = []
     with tracer.start_as_current_span("attempt", record_exception=False), Steps(
-        tracer, lambda method, seconds: blocks.append((method, seconds))
+        tracer, blocks.append
     ) as steps:  # fmt: skip
         for report in reports:
             steps.see(report)
@@ -81,8 +81,12 @@ def test_stages_are_in_the_attempt_and_blocks_in_their_stage(tracer: Tracer, exp
         {"aquant.method": "qdrop", "aquant.block": 1, "aquant.iteration": 1, "aquant.loss": 0.8},
         {"aquant.method": "aquant", "aquant.block": 2, "aquant.iteration": 1, "aquant.loss": 0.7},
     ]
-    assert [method for method, _ in blocks] == ["aquant", "qdrop", "aquant"]
-    assert [seconds for _, seconds in blocks] == pytest.approx(
+    assert [(end.method, end.block, end.blocks, end.loss) for end in blocks] == [
+        ("aquant", 1, 2, 0.5),
+        ("qdrop", 1, 2, 0.8),
+        ("aquant", 2, 2, 0.7),
+    ]
+    assert [end.seconds for end in blocks] == pytest.approx(
         [((span.end_time or 0) - (span.start_time or 0)) / 1e9 for span in found], abs=0.05
     )
 
@@ -97,7 +101,7 @@ def test_what_is_cut_off_has_spans_that_end_and_no_duration(tracer: Tracer, expo
 
 
 def test_blocks_are_timed_without_traces() -> None:
-    assert [method for method, _ in go_through(NoOpTracerProvider().get_tracer("test"), RUN)] == [
+    assert [end.method for end in go_through(NoOpTracerProvider().get_tracer("test"), RUN)] == [
         "aquant",
         "qdrop",
         "aquant",

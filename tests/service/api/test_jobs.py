@@ -143,7 +143,9 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "words"),
     [
-        ("application/json", b"{}", 415, "not multipart/form-data"),
+        ("text/plain", b"{}", 415, "not multipart/form-data"),
+        ("application/json", b"{}", 400, "model: Field required; calibration: Field required; config: Field required"),
+        ("application/json", b'{"x": ' + b"1" * 10_001, 413, "larger than the 10000 bytes"),
         ("multipart/form-data", b"x", 400, "no boundary"),
         ("multipart/form-data; boundary=b", b"nonsense", 400, "cannot be read"),
         ("multipart/form-data; boundary=b", b"", 400, "cut short"),

@@ -6,7 +6,9 @@ An operation with a job's id in its path is tried as it stands. Any other needs 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -40,6 +42,7 @@ PUBLIC: dict[Operation, str] = {
     ("get", "/health/live"): "a probe",
     ("get", "/health/ready"): "a probe; test_auth.py has what it keeps from strangers",
     ("get", "/metrics"): "of the whole service, to keys made for it alone; test_auth.py",
+    ("get", "/errors"): "documentation",
 }
 
 
@@ -92,7 +95,37 @@ def submission(world: World) -> None:
     world.web.delete(f"/jobs/{hers.json()['id']}", headers=world.ada).raise_for_status()
 
 
-CASES: dict[Operation, Callable[[World], None]] = {("get", "/jobs"): listing, ("post", "/jobs"): submission}
+def upload(method: str) -> Callable[[World], None]:
+    """Of a file that Ada has uploaded, Bob is told what he is told of one that nobody has, byte for byte."""
+
+    def tell(world: World) -> None:
+        hers, nobodys = (data * 100 for data in (b"hers", b"none"))
+        kept, open_, none = (hashlib.sha256(data).hexdigest() for data in (hers, hers + b".", nobodys))
+        world.web.put(f"/uploads/{kept}", content=hers, headers=world.ada).raise_for_status()
+        beginning = {"Content-Range": f"bytes 0-399/{len(hers) + 1}"}
+        world.web.put(f"/uploads/{open_}", content=hers, headers=world.ada | beginning).raise_for_status()
+        before = [world.web.get(f"/uploads/{digest}", headers=world.ada).json() for digest in (kept, open_)]
+        for body in ({"content": b"xxxx", "headers": world.bob | {"Content-Range": "bytes 0-3/400"}}, {}):
+            asked: dict[str, Any] = {"headers": world.bob} | (body if method == "put" else {})
+            answers = {
+                digest: told(world.web.request(method, f"/uploads/{digest}", **asked), digest)
+                for digest in (none, kept, open_)
+            }
+            assert len({re.sub(r"\d{4}-\d\d-\d\dT[^\"]*", "TIME", str(answer)) for answer in answers.values()}) == 1
+            assert answers[none][0] == (404 if method != "put" else 202 if body else 422)
+        after = [world.web.get(f"/uploads/{digest}", headers=world.ada).json() for digest in (kept, open_)]
+        assert after == before
+        for digest in (kept, open_):
+            world.web.delete(f"/uploads/{digest}", headers=world.ada).raise_for_status()
+
+    return tell
+
+
+CASES: dict[Operation, Callable[[World], None]] = {
+    ("get", "/jobs"): listing,
+    ("post", "/jobs"): submission,
+    **{(method, "/uploads/{sha256}"): upload(method) for method in ("put", "get", "head", "delete")},
+}
 
 
 def operations() -> list[Operation]:
@@ -166,7 +199,8 @@ def test_of_a_foreign_job_there_is_nothing(world: World, operation: Operation) -
                     for job_id in (foreign, NO_JOB)
                 ]
                 assert answers[0].status_code == 404
-                assert answers[0].json()["code"] == "job_not_found"
+                if method != "head":
+                    assert answers[0].json()["code"] == "job_not_found"
                 assert told(answers[0], foreign) == told(answers[1], NO_JOB)
     assert world.see() == before
 
@@ -183,7 +217,8 @@ def test_without_a_key_there_is_nothing(world: World, operation: Operation) -> N
             for job_id in (*world.jobs.values(), NO_JOB)
         ]
         assert {answer.status_code for answer in answers} == {401}
-        assert {answer.json()["code"] for answer in answers} == {code}
+        if method != "head":
+            assert {answer.json()["code"] for answer in answers} == {code}
     assert world.see() == before
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 
 import pytest
 from fastapi import FastAPI
 from httpx import Client
 from servers import DATABASES
 
-from service.api import problems
-from service.jobs import errors
+from service.jobs.problem_kinds import KINDS
 
 in_the_folder = pytest.mark.parametrize("storage", DATABASES[:1], indirect=True)
 
@@ -45,13 +44,15 @@ def test_unforeseen_error_tells_nothing_of_the_inside(web: Client, application: 
     assert "broken" not in answer.text
 
 
-def test_every_error_has_a_status() -> None:
-    codes = {
-        value.code
-        for _, value in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(value, errors.ServiceError) and value.code != errors.ServiceError.code
-    }
-    assert codes <= problems.STATUS.keys()
+@in_the_folder
+def test_the_type_of_a_problem_leads_to_its_explanation(web: Client) -> None:
+    problem = web.get("/jobs/none").json()
+    assert problem["type"] == "/errors#job_not_found"
+    page = web.get(problem["type"].partition("#")[0])
+    assert page.headers["content-type"].startswith("text/html")
+    assert {f'id="{code}"' for code in KINDS} <= set(re.findall(r'id="\w+"', page.text))
+    assert "http://" not in page.text
+    assert "https://" not in page.text
 
 
 @in_the_folder

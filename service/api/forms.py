@@ -1,0 +1,137 @@
+"""Reads a multipart form part by part as it arrives, so that any file passes through in constant memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.jobs.errors import FormError, FormTypeError, UploadTooLargeError
+
+REMEDY = (
+    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
+    "field `config` (JSON)."
+)
+DRAIN_BYTES = 32 * 1024 * 1024
+"""What is read of a request that is refused, so that its client gets to see why."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    kind: Literal["part", "data", "part_end", "form_end"]
+    data: bytes = b""
+    is_file: bool = False
+
+
+class Part:
+    """One part of the form; its bytes can be read once, before the next part is asked for.
+
+    A part with a file name is a file, one without is a field.
+    """
+
+    def __init__(self, name: str, is_file: bool, form: FormStream) -> None:
+        self.name, self.is_file = name, is_file
+        self._form = form
+
+    async def content(self, limit: int) -> bytes:
+        """All of a small part.
+
+        Raises:
+            UploadTooLargeError: it has more than ``limit`` bytes.
+        """
+        return b"".join([chunk async for chunk in self.chunks(limit)])
+
+    async def chunks(self, limit: int) -> AsyncIterator[bytes]:
+        """The part's bytes as they arrive.
+
+        Raises:
+            UploadTooLargeError: there are more than ``limit``.
+        """
+        size = 0
+        while (event := await self._form.next_event()).kind == "data":
+            size += len(event.data)
+            if size > limit:
+                raise UploadTooLargeError(
+                    f"`{self.name}` is larger than the {limit} bytes this service takes.",
+                    "Send a smaller file, or have the operator raise AQUANT_MAX_UPLOAD_BYTES.",
+                )
+            yield event.data
+
+
+class FormStream:
+    """A multipart/form-data body."""
+
+    def __init__(self, body: AsyncIterator[bytes], content_type: str | None) -> None:
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data":
+            raise FormTypeError(f"The content type is {content_type!r}, not multipart/form-data.", REMEDY)
+        if b"boundary" not in options:
+            raise FormError("The content type names no boundary.", REMEDY)
+        self._body = body
+        self._events: deque[_Event] = deque()
+        self._header_name, self._header_value = b"", b""
+        self._headers: dict[bytes, bytes] = {}
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._headers.clear,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": self._on_data,
+                    "on_part_end": lambda: self._events.append(_Event("part_end")),
+                    "on_end": lambda: self._events.append(_Event("form_end")),
+                },
+            )
+        except FormParserError as error:
+            raise FormError(f"The form cannot be read: {error}.", REMEDY) from error
+
+    async def parts(self) -> AsyncIterator[Part]:
+        """The parts in the order they were sent."""
+        while (event := await self.next_event()).kind != "form_end":
+            if event.kind == "part":
+                yield Part(event.data.decode("utf-8", "replace"), event.is_file, self)
+
+    async def next_event(self) -> _Event:
+        """The next piece of the form."""
+        while not self._events:
+            try:
+                chunk = await anext(self._body)
+            except StopAsyncIteration:
+                raise FormError("The form ends before its closing boundary: it was cut short.", REMEDY) from None
+            try:
+                self._parser.write(chunk)
+            except FormParserError as error:
+                raise FormError(f"The form cannot be read: {error}.", REMEDY) from error
+        return self._events.popleft()
+
+    async def drain(self) -> None:
+        """Read on without looking, so that a client that still sends gets to see the answer."""
+        left = DRAIN_BYTES
+        async for chunk in self._body:
+            left -= len(chunk)
+            if left < 0:
+                return
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name, self._header_value = b"", b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        self._events.append(_Event("part", options.get(b"name", b""), b"filename" in options))
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        self._events.append(_Event("data", data[start:end]))
