@@ -12,6 +12,9 @@ from torch import Tensor
 
 _SMALL_IMAGE = 64 * 64
 
+Z = 1.959964
+"""Of a 95 % interval."""
+
 
 def evaluation_batch_size(images: Tensor) -> int:
     """Images a batch: fixed by their size, since another batch may sum in another order."""
@@ -50,7 +53,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def wilson_interval(fraction: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(fraction: float, count: int, z: float = Z) -> tuple[float, float]:
     """95 % interval of a fraction of ``count`` trials (Wilson 1927)."""
     centre = fraction + z * z / (2 * count)
     spread = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
@@ -58,11 +61,44 @@ def wilson_interval(fraction: float, count: int, z: float = 1.959964) -> tuple[f
     return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
 
 
+def paired_difference(ours: Tensor, theirs: Tensor, z: float = Z) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same images and its 95 % interval (Agresti and Min 2005).
+
+    The interval is Wald's of the two kinds of images that tell them apart, each counted half an image higher.
+
+    Args:
+        ours, theirs: (N,) whether each image was right.
+        z: quantile of the normal distribution.
+    """
+    count = len(ours)
+    gained, lost = float((ours & ~theirs).sum()), float((theirs & ~ours).sum())
+    centre = (gained - lost) / (count + 2)
+    spread = z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (count + 2)) / (count + 2)
+    return (gained - lost) / count, max(centre - spread, -1.0), min(centre + spread, 1.0)
+
+
+def independent_difference(
+    first: float, first_count: int, second: float, second_count: int, z: float = Z
+) -> tuple[float, float]:
+    """95 % interval of ``first - second``, fractions of two sets of images (Newcombe 1998, method 10)."""
+    first_low, first_high = wilson_interval(first, first_count, z)
+    second_low, second_high = wilson_interval(second, second_count, z)
+    difference = first - second
+    return (
+        difference - math.hypot(first - first_low, second_high - second),
+        difference + math.hypot(first_high - first, second - second_low),
+    )
+
+
 def fidelity(logits: Tensor, float_logits: Tensor) -> dict[str, Any]:
-    """Share of equal decisions, mean cosine of the logits, their signal-to-quantization-noise ratio in dB."""
+    """Share of equal decisions and its 95 % interval (Wilson), mean cosine of the logits, their
+    signal-to-quantization-noise ratio in dB.
+    """
     cosine = torch.nn.functional.cosine_similarity(logits, float_logits, dim=1)
+    agreement = float((logits.argmax(1) == float_logits.argmax(1)).float().mean())
     return {
-        "agreement": round(float((logits.argmax(1) == float_logits.argmax(1)).float().mean()), 6),
+        "agreement": round(agreement, 6),
+        "interval": [round(bound, 6) for bound in wilson_interval(agreement, len(logits))],
         "cosine": round(float(cosine.mean()), 6),
         "sqnr_db": round(sqnr_db(logits, float_logits), 3),
         "n": len(logits),
@@ -71,6 +107,17 @@ def fidelity(logits: Tensor, float_logits: Tensor) -> dict[str, Any]:
 
 def sqnr_db(approximate: Tensor, exact: Tensor) -> float:
     """10 log10 of the exact values' energy over the error's; 200 dB stands for no error."""
-    noise = float((approximate - exact).double().square().sum())
-    signal = float(exact.double().square().sum())
-    return 200.0 if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    return decibels(energy(exact), energy(approximate - exact))
+
+
+def energy(values: Tensor) -> float:
+    """Sum of squares."""
+    return float(values.double().square().sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10 of two energies' ratio; 200 dB stands for no noise."""
+    ratio = math.inf if noise == 0 else max(signal, 1e-300) / noise
+    if ratio == 0:  # of infinite noise
+        return -math.inf
+    return min(10 * math.log10(ratio), 200.0)

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aquant_core import checkpoint
 from aquant_core.capture_model import capture
-from aquant_core.config import PROTOCOLS, Method, QuantizationConfig
+from aquant_core.config import QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
-from aquant_core.evaluation import accuracy, evaluation_batch_size, fidelity, logits_digest, logits_of
+from aquant_core.evaluation import logits_of
 from aquant_core.finished_blocks import FinishedBlocks
 from aquant_core.fold import fold_batch_norm
 from aquant_core.forecast import forecast, together
 from aquant_core.graph import CapturedModel
 from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
-from aquant_core.methods import METHODS, PRESETS, MethodSettings, Preset, settings_of
+from aquant_core.measurements import clipped_shares, measure
+from aquant_core.methods import METHODS, PRESETS, Preset, settings_of
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
 from aquant_core.partition import partition
-from aquant_core.placement import mark_before, shortcut_of
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
+from aquant_core.report.commands import Sources
+from aquant_core.reporting import Calibrated, Outcome, report_of
 from aquant_core.resources import Resources
 from aquant_core.sequence import Run, reconstruct_blocks
 
@@ -41,16 +42,17 @@ class QuantizationResult:
 
     Attributes:
         model: a module from images to logits.
-        report: JSON values; see DESIGN's report.
+        report: JSON values (see ``aquant_core.report.schema``).
     """
 
     model: QuantizedModel
     report: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Writes the checkpoint (see ``aquant_core.checkpoint``)."""
+        """Writes the checkpoint (see ``aquant_core.checkpoint``); its size is noted in the report."""
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
         checkpoint.save(self.model, path, about)
+        self.report["size"]["checkpoint_bytes"] = Path(path).stat().st_size
 
 
 def quantize(
@@ -81,9 +83,19 @@ def quantize(
         AQuantError: one of its subclasses, before any reconstruction.
         pydantic.ValidationError: ``config`` is a dict with a key or value that a ``QuantizationConfig`` does not take.
     """
-    started = time.monotonic()
-    tell = on_progress or (lambda _: None)
+    clock = _Clock()
+
+    def tell(progress: Progress) -> None:
+        clock.enter(progress.stage)
+        if on_progress is not None:
+            on_progress(progress)
+
     tell(Progress("capture"))
+    sources = Sources(
+        _name(model, "MODEL"),
+        _name(calibration, "CALIBRATION"),
+        None if evaluation is None else _name(evaluation, "EVALUATION"),
+    )
     if isinstance(config, dict):
         config = QuantizationConfig.model_validate(config)
     calibration = _image_set(calibration, "calibration")
@@ -137,7 +149,7 @@ def quantize(
     if nearest is None:
         nearest_graph = marked(graph, config, METHODS["nearest"])
         nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
-    logits = {"float": float_logits, "nearest": logits_of(nearest, evaluation.images, resources.device)}
+    nearest_logits = logits_of(nearest, evaluation.images, resources.device)
     del weights, nearest
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
     if resume_from is not None:
@@ -145,48 +157,79 @@ def quantize(
             identity = _identity(digests, len(calibration), config, run)
             run.finished = FinishedBlocks(Path(resume_from), identity, name)
     if runs:
+        clock.enter("reconstruct")
         reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
 
-    comparison = []
+    logits = {}
     for name, quantized in models.items():
         tell(Progress("evaluate", blocks=count, method=name))
         quantized.requires_grad_(False).eval()
         for layer in quantized.layers.values():
             layer.a_rounding = schedules[name].method.a_rounding
-        of_method = logits_of(quantized, evaluation.images, resources.device)
-        if not of_method.isfinite().all():
-            warnings.append(f"The outputs of {name}'s network hold NaN or infinity: it is of no use as it is.")
-        history = runs[name].history if name in runs else []
-        comparison.append(_comparison(name, quantized, of_method, float_logits, evaluation, history))
-        if name == config.method:
-            logits["quantized"] = of_method
+        logits[name] = logits_of(quantized, evaluation.images, resources.device)
+    clock.enter("measure")
     main = models[config.method]
-    digests["logits"] = logits_digest(logits["quantized"])
-    report = {
-        "accuracy": None
-        if evaluation.labels is None
-        else {name: accuracy(values, evaluation.labels) for name, values in logits.items()},
-        "fidelity": {name: fidelity(values, float_logits) for name, values in logits.items() if name != "float"},
-        "comparison": comparison,
-        "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
-        "blocks": runs[config.method].history if config.method in runs else [],
-        "forecast": expected,
-        "device": str(resources.device),
-        "layers": [_describe_layer(main, name) for name in main.layers],
-        "values": [_describe_value(main, name) for name in main.quantizers],
-        "size": _size(captured, main),
-        "method": config.method,
-        "protocol": _protocol(config, main, schedules[config.method].method),
-        "preset": vars(preset) | {"name": config.preset},
-        "settings": vars(schedules[config.method].method),
-        "config": config.model_dump(mode="json"),
-        "seed": config.seed,
-        "versions": versions(),
-        "digests": digests,
-        "warnings": warnings,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    return QuantizationResult(main, report)
+    report = report_of(
+        Outcome(
+            captured=captured,
+            sources=sources,
+            config=config,
+            preset=preset,
+            settings=schedules[config.method].method,
+            device=str(resources.device),
+            evaluation=evaluation,
+            models=models,
+            histories={name: runs[name].history if name in runs else [] for name in methods},
+            float_logits=float_logits,
+            nearest_logits=nearest_logits,
+            logits=logits,
+            calibrated=_calibrated(graph, main, calibration, len(evaluation), resources.device),
+            measurements=measure(main, blocks[config.method], evaluation.images),
+            forecast=expected,
+            digests=digests,
+            warnings=warnings,
+        )
+    )
+    return QuantizationResult(main, report | clock.document())
+
+
+class _Clock:
+    """Seconds of each stage of a run."""
+
+    def __init__(self) -> None:
+        self._started = self._entered = time.monotonic()
+        self._stage, self._seconds = "", dict[str, float]()
+
+    def enter(self, stage: str) -> None:
+        """Ends the stage before."""
+        if stage != self._stage:
+            now = time.monotonic()
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._entered
+            self._stage, self._entered = stage, now
+
+    def document(self) -> dict[str, Any]:
+        """``seconds`` in all, and of each stage, until now."""
+        self.enter("")
+        stages = {stage: round(seconds, 3) for stage, seconds in self._seconds.items() if stage}
+        return {"seconds": round(time.monotonic() - self._started, 3), "stages": stages}
+
+
+def _calibrated(
+    graph: CapturedModel, model: QuantizedModel, calibration: ImageSet, at_most: int, device: torch.device
+) -> Calibrated:
+    """What both networks make of the calibration images, as many as there are evaluation images."""
+    images, labels = calibration.images[:at_most], calibration.labels
+    return Calibrated(
+        float_logits=logits_of(graph, images, device),
+        logits=logits_of(model, images, device),
+        labels=None if labels is None else labels[:at_most],
+        clipped_shares=clipped_shares(model, images),
+    )
+
+
+def _name(source: object, otherwise: str) -> str:
+    """Its path, if it is one."""
+    return str(source) if isinstance(source, str | Path) else otherwise
 
 
 def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
@@ -223,89 +266,3 @@ def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
         ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
         ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
     )
-
-
-def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
-    """A layer; where its input is quantized before it reaches it, ``input_from`` names the value in ``values``."""
-    layer = model.layers[name]
-    mark = mark_before(model.graph, name)
-    return {
-        "name": name,
-        "op": layer.op,
-        "weight_shape": list(layer.float_weight.shape),
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits if mark is None else model.quantizers[mark].activation_bits,
-        "input_from": mark,
-        "step": None if layer.activation_scale is None else float(layer.activation_scale),
-        "zero_point": layer.zero_point,
-        "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
-    }
-
-
-def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
-    tensors = checkpoint.tensors_of(model)
-    border = [t for name, t in tensors.items() if name.endswith((".border", ".alpha"))]
-    folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
-    return {
-        "float_bytes": captured.float_bytes(),
-        "quantized_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        "border_bytes": sum(t.numel() * t.element_size() for t in border),
-        "border_parameters": sum(t.numel() for t in border),
-        "border_share": round(sum(t.numel() for t in border) / folded, 6),
-    }
-
-
-def _describe_value(model: QuantizedModel, name: str) -> dict[str, Any]:
-    """A value that is quantized where it is made."""
-    part = model.quantizers[name]
-    step = None if part.activation_scale is None else float(part.activation_scale)
-    return {"name": name, "bits": part.activation_bits, "step": step, "zero_point": part.zero_point}
-
-
-def _comparison(
-    method: Method,
-    model: QuantizedModel,
-    logits: Tensor,
-    float_logits: Tensor,
-    evaluation: ImageSet,
-    history: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """One method's row of the report's table."""
-    return {
-        "method": method,
-        "accuracy": None if evaluation.labels is None else accuracy(logits, evaluation.labels),
-        "fidelity": fidelity(logits, float_logits),
-        "shortcut": shortcut_of(model.graph),
-        "block_errors": {block["name"]: block["error_after"] for block in history},
-        "border_parameters": sum(
-            layer.border.number_of_parameters() for layer in model.layers.values() if layer.border is not None
-        ),
-        "seconds": round(sum(block["seconds"] for block in history), 3),
-        "logits": logits_digest(logits),
-    }
-
-
-def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
-    """What published tables mix silently (see docs/method.md), as it was for this network."""
-    switches = config.resolved_protocol.model_dump()
-    if (shortcut := shortcut_of(model.graph)) is not None:
-        switches["shortcut"] = shortcut
-    named = PROTOCOLS[config.protocol].model_dump()
-    changed = [f"{name} {width}" for name, width in switches.items() if width != named[name]]
-    return {
-        "name": ", ".join([config.protocol, *changed]),
-        **switches,
-        "first_last_bits": config.first_last_bits,
-        "activations_quantized_at": f"layer {method.placement}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    packages = {}
-    for name in ("aquant-service", "torch", "numpy", "numba"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), "machine": platform.machine(), **packages}

@@ -27,7 +27,7 @@ SIZE = 224
 def main() -> None:
     from record import command, commit
 
-    from aquant_core.pipeline import versions
+    from aquant_core.reporting import versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS)

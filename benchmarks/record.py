@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aquant_core.pipeline import versions
+from aquant_core.reporting import versions
 
 RESULTS = Path(__file__).parent / "results"
 

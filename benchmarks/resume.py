@@ -69,7 +69,7 @@ def main() -> None:
             shutil.rmtree(folder / "blocks")
     from record import command, commit
 
-    from aquant_core.pipeline import versions
+    from aquant_core.reporting import versions
 
     result = {
         "command": command(),

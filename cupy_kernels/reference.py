@@ -142,6 +142,23 @@ class _Positions:
                 yield self.shift(position)[1].add_(0.5)
 
 
+def borders(
+    x: Tensor,
+    scale: Tensor,
+    border: Tensor | None,
+    alpha: Tensor | None,
+    window: Window,
+    spec: BorderSpecification,
+) -> Iterator[tuple[Tensor | float, Tensor, Tensor]]:
+    """For each position of the window in order: B, the t it decides on, and 1 or 0 where the slot is padding.
+
+    B and t are (N, C, H_out, W_out), not to be written to; the mask is (1, 1, H_out, W_out).
+    """
+    positions = _Positions(x, scale, border, window, spec)
+    for position, b in enumerate(positions.borders(alpha)):
+        yield b, positions.view(positions.t, position), positions.view(positions.inside, position)
+
+
 def codes(
     x: Tensor,
     scale: Tensor,

@@ -137,10 +137,15 @@ def list_jobs(
 
 
 @app.command()
-def report(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Print the report of a job that succeeded, as JSON."""
+def report(
+    job_id: JobId,
+    html: Annotated[bool, typer.Option("--html", help="A page to be looked at, instead of JSON.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Print the report of a job that succeeded."""
     with _client(url, key) as client:
-        typer.echo(json.dumps(client.report(job_id), indent=2))
+        typer.echo(client.report_page(job_id) if html else json.dumps(client.report(job_id), indent=2))
 
 
 @app.command()

@@ -143,6 +143,10 @@ class Client:
         document: dict[str, Any] = self._send("GET", f"/jobs/{job_id}/report").json()
         return document
 
+    def report_page(self, job_id: str) -> str:
+        """The same as one self-contained HTML page."""
+        return self._send("GET", f"/jobs/{job_id}/report", headers={"Accept": "text/html"}).text
+
     def download(self, job_id: str, target: Path) -> str:
         """Fetch the checkpoint of a job that succeeded to ``target``; its sha256 in hex.
 

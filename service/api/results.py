@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from aquant_core.report.schema import Report
 from service.api.auth import Owner, OwnerDep
 from service.api.conditions import (
     NOT_MODIFIED,
@@ -22,6 +23,7 @@ from service.api.conditions import (
 )
 from service.api.deps import PartsDep
 from service.api.problems import REFUSALS, problem, responses
+from service.api.report_pages import page_of, prefers_page
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.states import JobState
 
@@ -62,23 +64,35 @@ class _File:
 
 @router.get(
     "/jobs/{job_id}/report",
-    response_class=Response,
+    response_model=Report,
     responses={
         200: {
             "description": "The report",
-            "content": {"application/json": {"schema": {"type": "object"}}},
-            "headers": _HEADERS,
+            "content": {"text/html": {}},
+            "headers": {**_HEADERS, **described(Vary="Accept")},
         },
         **NOT_MODIFIED,
     },
 )
-async def report(parts: PartsDep, owner: OwnerDep, job_id: str, if_none_match: IfNoneMatch = None) -> Response:
-    """The accuracy report of a job that succeeded."""
+async def report(
+    parts: PartsDep,
+    owner: OwnerDep,
+    job_id: str,
+    accept: Annotated[str | None, Header(description="text/html for a page, else JSON.")] = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page."""
     file = await run_in_threadpool(_find, owner, job_id, "report")
+    if prefers_page(accept):
+        body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
+        page = await run_in_threadpool(page_of, body, if_none_match)
+        if page is not None:
+            return page
+    headers = {**file.headers, "Vary": "Accept"}
     if is_current(if_none_match, file.etag):
-        return Response(status_code=304, headers=file.headers)
+        return Response(status_code=304, headers=headers)
     body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
-    return Response(body, media_type="application/json", headers=file.headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _file_responses(what: str) -> dict[int | str, dict[str, Any]]:

@@ -15,8 +15,10 @@ from aquant_core.evaluation import (
     accuracy,
     evaluation_batch_size,
     fidelity,
+    independent_difference,
     logits_digest,
     logits_of,
+    paired_difference,
     sqnr_db,
     wilson_interval,
 )
@@ -62,7 +64,9 @@ def test_fidelity_by_hand() -> None:
     exact = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     result = fidelity(torch.tensor([[4.0, 3.0], [1.0, 0.0]]), exact)
     # Cosines 24/25 and 1; energy 26 over error 2.
+    interval = result.pop("interval")
     assert result == {"agreement": 0.5, "cosine": 0.98, "sqnr_db": 11.139, "n": 2}
+    assert interval == pytest.approx(wilson_interval(0.5, 2), abs=1e-6)
 
 
 def test_sqnr() -> None:
@@ -97,3 +101,25 @@ def test_logits_are_in_order_whatever_the_batches() -> None:
     assert sizes == [32, 32, 6]
     assert logits.shape == (70, 2)
     assert torch.equal(logits[:, 0], torch.arange(70.0))
+
+
+def test_paired_difference_by_hand() -> None:
+    ours = torch.tensor([True] * 90 + [False] * 10)
+    theirs = torch.tensor([True] * 80 + [False] * 12 + [True] * 8)
+    # 10 gained, 8 lost: centre 2 / 102, spread 1.96 sqrt(18 + 1 - 4 / 102) / 102.
+    assert paired_difference(ours, theirs) == pytest.approx((0.02, -0.064068, 0.103284), abs=1e-5)
+    reverse = paired_difference(theirs, ours)
+    assert reverse == pytest.approx((-0.02, -0.103284, 0.064068), abs=1e-5)
+    same = paired_difference(ours, ours)
+    assert same[0] == 0
+    assert same[1] == -same[2] == pytest.approx(-1.959964 / 102)  # equal decisions on 100 images prove little
+
+
+def test_independent_difference_by_hand() -> None:
+    # Newcombe's example (a) of 1998: 56 of 70 against 48 of 80.
+    assert independent_difference(56 / 70, 70, 48 / 80, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert independent_difference(48 / 80, 80, 56 / 70, 70) == pytest.approx((-0.3339, -0.0524), abs=5e-5)
+
+
+def test_noise_without_end_is_no_error() -> None:
+    assert sqnr_db(torch.tensor([float("inf")]), torch.tensor([1.0])) == -float("inf")

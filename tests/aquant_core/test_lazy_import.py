@@ -12,7 +12,9 @@ import aquant_core
 HEAVY = ("torch", "torchvision", "numpy", "numba", "onnx", "onnxruntime", "safetensors", "cupy")
 
 
-@pytest.mark.parametrize("module", ["", ".config", ".errors", ".progress", ".methods"])
+@pytest.mark.parametrize(
+    "module", ["", ".config", ".errors", ".progress", ".methods", ".report.page", ".report.commands"]
+)
 def test_light_modules_load_no_torch(module: str) -> None:
     program = (
         f"import sys, aquant_core{module}; "

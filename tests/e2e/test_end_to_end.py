@@ -113,6 +113,11 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert [row["method"] for row in report["comparison"]] == ["aquant", "qdrop"]
     assert report["comparison"][0]["accuracy"] == report["accuracy"]["quantized"]
     assert report["protocol"]["name"] == "paper"
+    assert report["size"]["checkpoint_bytes"] == job.files["checkpoint"].size
+    assert report["repeat"]["command"].startswith("aquant quantize MODEL --calibration CALIBRATION --evaluation")
+    page = client.report_page(job.id)
+    assert f"{100 * report['accuracy']['quantized']['top1']:.2f}" in page
+    assert page.count('class="of-layer"') == len(report["layers"])
     target = tmp_path / "quantized.safetensors"
     assert client.download(job.id, target) == job.files["checkpoint"].sha256
     assert hashlib.sha256(target.read_bytes()).hexdigest() == job.files["checkpoint"].sha256

@@ -29,7 +29,8 @@ server.should_exit = True
 thread.join()
 heavy = {"torch", "cupy", "numpy", "onnx", "numba", "cupy_kernels", "worker"}
 print(sorted(name for name in sys.modules if name.split(".")[0] in heavy or
-             name.startswith("aquant_core.") and name != "aquant_core.config"))
+             name.startswith("aquant_core.") and not name.startswith(("aquant_core.config", "aquant_core.report."))
+             and name != "aquant_core.report"))
 """
 
 CONSTANT_MEMORY = """

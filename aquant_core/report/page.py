@@ -1,0 +1,151 @@
+"""The report as one self-contained HTML page: from its JSON alone, so that old reports are shown, too.
+
+It stands in the core and not in the service because a run without a service ends in the same page; it needs Jinja2
+and no torch, and the service may import it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from aquant_core.report import plots
+from aquant_core.report.formats import FILTERS
+from aquant_core.report.plots import Bar, SqnrRow
+from aquant_core.report.schema import Accuracy, Difference, Fidelity, Layer, Report, Value
+
+NAMES = {
+    "float": "Float",
+    "nearest": "Rounding to nearest",
+    "a_rounding": "A-rounding",
+    "adaround": "AdaRound",
+    "brecq": "BRECQ",
+    "qdrop": "QDrop",
+    "qdrop_refactored": "QDrop, at layer inputs",
+    "aquant_no_border": "AQuant without border",
+    "aquant": "AQuant",
+}
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page of a report, which is the JSON document of a finished run of this version or an older one.
+
+    Raises:
+        pydantic.ValidationError: it is not such a document.
+    """
+    document = Report.model_validate(report)
+    return _template().render(
+        report=document,
+        style=_text("report.css"),
+        script=_text("report.js"),
+        policy=content_policy(),
+        methods=_methods(document),
+        figures=_figures(document),
+        layers=document.layers,
+        distributions=_distributions(document),
+    )
+
+
+@cache
+def content_policy() -> str:
+    """Content-Security-Policy of the page: its own style and script by their digests, and nothing from anywhere."""
+    style, script = (f"'sha256-{_digest(_text(name))}'" for name in ("report.css", "report.js"))
+    return f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'"
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+@cache
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= FILTERS | {"method": _name}
+    return environment.from_string(_text("report.html"))
+
+
+def _name(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def _methods(report: Report) -> list[dict[str, Any]]:
+    """Float, to nearest, those compared with the chosen method, and it: what each is worth."""
+    table = report.accuracy
+    rows: list[tuple[str, Accuracy | None, Fidelity | None]] = [("float", None if table is None else table.float, None)]
+    others = [row for row in report.comparison if row.method != report.method]
+    if "nearest" not in (report.method, *(row.method for row in others)):
+        rows.append(("nearest", None if table is None else table.nearest, report.fidelity.nearest))
+    rows += [(row.method, row.accuracy, row.fidelity) for row in others]
+    rows.append((report.method, None if table is None else table.quantized, report.fidelity.quantized))
+    to_float = {each.method: each for each in report.differences if each.baseline == "float"}
+    return [
+        {
+            "method": method,
+            "accuracy": accuracy,
+            "fidelity": fidelity,
+            "chosen": method == report.method,
+            "to_float": to_float.get(method),
+        }
+        for method, accuracy, fidelity in rows
+    ]
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """The plots that stand once on the page, the loss curves, and which layer is shown first."""
+    gains = [Bar(_name(each.baseline), each.top1, each.interval) for each in _of_the_chosen(report)]
+    sqnr = [SqnrRow(each.name, each.sqnr_db) for each in report.layers if each.sqnr_db is not None]
+    rows = [row for row in sqnr if row.marks()]
+    curves = [
+        (block, plots.loss_plot(block.loss, block.name, f"loss-{index}")) for index, block in enumerate(report.blocks)
+    ]
+    raised = [] if report.sensitivity is None else report.sensitivity.layers
+    hurt = [Bar(each.layer, each.gain, each.interval) for each in raised]
+    title = f"{_name(report.method)} less each of the others"
+    return {
+        "accuracy": _accuracy_bars(report),
+        "differences": plots.difference_plot(gains, title, "differences") if gains else None,
+        "sqnr": plots.sqnr_plot(rows, "sqnr") if rows else None,
+        "losses": [(block, curve) for block, curve in curves if curve is not None],
+        "sensitivity": plots.difference_plot(hurt, "Gain by raising a layer's bits", "gains") if hurt else None,
+        "shown": min(rows, key=SqnrRow.badness).name if rows else None,
+    }
+
+
+def _of_the_chosen(report: Report) -> list[Difference]:
+    return [each for each in report.differences if each.method == report.method]
+
+
+def _accuracy_bars(report: Report) -> Markup:
+    """Top-1, or without labels the share of decisions that are the float network's."""
+    bars = []
+    for row in _methods(report):
+        kind = "chosen" if row["chosen"] else ""
+        if row["accuracy"] is not None:
+            bars.append(Bar(_name(row["method"]), row["accuracy"].top1, row["accuracy"].interval, kind))
+        elif row["fidelity"] is not None:
+            agreement = row["fidelity"].agreement
+            bars.append(Bar(_name(row["method"]), agreement, row["fidelity"].interval or [agreement] * 2, kind))
+    what = "Top-1 accuracy" if report.accuracy else "Agreement with the float network"
+    return plots.accuracy_bars(bars, what, "bars")
+
+
+def _distributions(report: Report) -> list[tuple[Layer | Value, Markup]]:
+    """Quantizers with a plot of what they are given."""
+    parts: list[Layer | Value] = [*report.layers, *report.values]
+    return [
+        (part, plots.activation_plot(part.distribution, part.name, f"activations-{index}"))
+        for index, part in enumerate(parts)
+        if part.distribution is not None
+    ]

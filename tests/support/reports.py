@@ -1,0 +1,45 @@
+"""Reports of real runs on a small network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aquant_core.images import ImageSet
+from aquant_core.methods import Preset
+from aquant_core.pipeline import quantize
+
+
+class Net(nn.Module):
+    """A stem, a residual block and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.first = nn.Conv2d(6, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.second(torch.relu(self.first(x))))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def run(labels: bool = True, preset: Preset | None = None, **changes: Any) -> dict[str, Any]:
+    """A real run's report, as it is written."""
+    torch.manual_seed(0)
+    net = Net().eval()
+    generator = torch.Generator().manual_seed(1)
+    images, classes = torch.randn(60, 3, 12, 12, generator=generator), torch.randint(5, (60,), generator=generator)
+    calibration = ImageSet(images[:40], classes[:40] if labels else None)
+    evaluation = ImageSet(images[40:], classes[40:] if labels else None)
+    config = {"weight_bits": 2, "activation_bits": 2, **changes}
+    preset = preset or Preset(12, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
+    result = quantize(net, calibration, config, evaluation, preset=preset)
+    report: dict[str, Any] = json.loads(json.dumps(result.report, allow_nan=False))
+    return report
