@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.report.schema import LossCurve
 from service.jobs.problem_kinds import address_of, title_of
 from service.jobs.states import FINISHED, Device, JobState
 
@@ -63,6 +64,9 @@ class JobProgress(BaseModel):
     iteration: Annotated[int, Field(description="Step within the block.")] = 0
     iterations: Annotated[int, Field(description="Steps per block.")] = 0
     loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
+    curve: Annotated[
+        LossCurve | None, Field(description="Reconstruction loss of the block so far, thinned to a few points.")
+    ] = None
     eta_seconds: Annotated[
         float | None, Field(description="Estimated seconds until all blocks are done; null when nothing is running.")
     ] = None
@@ -75,6 +79,7 @@ class FileInfo(BaseModel):
     size: Annotated[int, Field(description="Bytes.")]
     sha256: Annotated[str, Field(description="Digest of the bytes, in hex.")]
     format: str
+    filename: Annotated[str | None, Field(description="What its sender called it; null if unknown.")] = None
 
 
 class WebhookRequest(BaseModel):
