@@ -8,11 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from aquant_core.config import QuantizationConfig
 from aquant_core.report.formats import duration
 from aquant_core.report.page import NAMES
 from aquant_core.report.plots import loss_plot
 from service.jobs.schemas import BlockForecast, JobDocument
 from service.jobs.states import JobState
+from service.pages.render import about
 
 STAGES = {
     "intake": "Check the files",
@@ -116,7 +118,7 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
         step = f"iteration {progress.iteration:,} of {progress.iterations:,}"
         facts.append((NAMES.get(progress.method or "", "Blocks"), f"Block {progress.block} of {progress.blocks}", step))
     if not job.finished and job.state != JobState.QUEUED:
-        left = "not known yet" if progress.eta_seconds is None else duration(progress.eta_seconds)
+        left = "not known yet" if progress.eta_seconds is None else about(progress.eta_seconds)
         facts.append(("Time left", left, "until all blocks are done"))
     if job.finished and job.started_at is not None and job.finished_at is not None:
         took = duration((job.finished_at - job.started_at).total_seconds())
@@ -126,5 +128,11 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
 
 def settings_of(job: JobDocument) -> dict[str, Any]:
     """What was asked for, and nothing that goes without saying."""
-    asked = job.config.model_dump(mode="json", exclude_defaults=True)
-    return {"method": job.config.method, "preset": job.config.preset, "seed": job.config.seed, **asked}
+    config = job.config
+    bare = QuantizationConfig(
+        weight_bits=config.weight_bits, activation_bits=config.activation_bits, preset=config.preset
+    ).model_dump(mode="json")
+    always = ("method", "weight_bits", "activation_bits", "preset", "protocol", "seed")
+    return {
+        name: value for name, value in config.model_dump(mode="json").items() if name in always or value != bare[name]
+    }

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from aquant_core.config import FLOAT_BITS, QuantizationConfig
-from aquant_core.report.formats import FILTERS
+from aquant_core.report.formats import FILTERS, duration
 from aquant_core.report.page import NAMES
 
 STATIC: Mapping[str, tuple[str, str]] = {
@@ -55,6 +55,11 @@ def _width(what: str, bits: int) -> str:
     return f"{what}{'float' if bits == FLOAT_BITS else bits}"
 
 
+def about(seconds: float) -> str:
+    """A time that is only estimated."""
+    return f"{seconds:.0f}\N{NO-BREAK SPACE}s" if seconds < 120 else duration(seconds)
+
+
 def _when(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M} UTC"
 
@@ -68,6 +73,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= FILTERS | {"method": lambda name: NAMES.get(name, name), "title_of": title_of, "when": _when}
+    environment.filters |= FILTERS | {
+        "about": about,
+        "method": lambda name: NAMES.get(name, name),
+        "title_of": title_of,
+        "when": _when,
+    }
     environment.globals |= {"static": static_url, "version": version("aquant-service"), "methods": NAMES}
     return environment

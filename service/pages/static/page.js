@@ -4,7 +4,8 @@
 
 const GENTLY = 700; // milliseconds between two looks, however often something happens
 
-// Parts marked data-live are fetched again: after every event of data-events, else every data-every seconds.
+// Parts marked data-live are fetched again: after every event of data-events, else every data-every seconds. When what
+// they tell of has ended, they come without those marks.
 
 let looking = null;
 
@@ -29,7 +30,7 @@ function exchange(part, fresh) {
   for (const id of ticked) if (document.getElementById(id)) document.getElementById(id).checked = true;
   fresh.querySelectorAll(".scroll").forEach((region, index) => region.scrollTo(...(scrolled[index] ?? [0, 0])));
   if (focused) (document.getElementById(focused.id) ?? fresh).focus({ preventScroll: true });
-  if (part.dataset.says !== fresh.dataset.says) document.getElementById("said").textContent = fresh.dataset.says;
+  if (fresh.dataset.says && part.dataset.says !== fresh.dataset.says) document.getElementById("said").textContent = fresh.dataset.says;
 }
 
 function lookSoon(after = GENTLY) {
@@ -44,18 +45,18 @@ function lookSoon(after = GENTLY) {
 }
 
 function keepLooking() {
-  const part = document.querySelector("[data-live]");
-  if (part === null) return;
+  const part = document.querySelector("[data-every]");
+  if (part === null) return; // it has ended
   lookSoon(1000 * part.dataset.every);
   setTimeout(keepLooking, 1000 * part.dataset.every);
 }
 
 function follow() {
-  const part = document.querySelector("[data-live]");
+  const part = document.querySelector("[data-every]");
   if (part === null) return;
   document.addEventListener("visibilitychange", () => document.hidden || lookSoon(0));
   if (!part.dataset.events) {
-    if (!part.closest("[data-done]")) keepLooking();
+    keepLooking();
     return;
   }
   const source = new EventSource(part.dataset.events);
