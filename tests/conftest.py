@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import servers
 from servers import Storage
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, help="folder for the pictures that tests/e2e/test_page.py makes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> dict[str, Path]:
     return paths
 
 
-def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: PageJobs, web: Client) -> None:
+def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: PageJobs) -> None:
     running, failed = page_jobs.running(), page_jobs.failed("Operator `Hardmax` cannot be captured.")
     done = [page_jobs.succeeded(old_report()) for _ in range(2)]
     page_jobs.queued()
@@ -68,15 +69,13 @@ def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: Pag
         "/page/compare",
         "/page/jobs/none",
     ]
-    found = {}
+    found = []
     for path in paths:
         watched.page.goto(path)
         if path == "/":
             watched.page.locator("summary").click()
-        violations = watched.violations("light", "dark")
-        if violations:
-            found[path] = violations
-    assert found == {}
+        found += [f"{path}: {violation}" for violation in watched.violations("light", "dark")]
+    assert not found, "\n".join(found)
 
 
 def test_the_sign_in_form_passes_axe_and_keeps_the_key(
@@ -126,11 +125,15 @@ def test_a_job_is_submitted_by_keyboard_alone(open_page: Open, files: dict[str, 
     expect(page.locator("#standing")).to_contain_text("for a worker to start")
 
 
-def test_dropped_files_find_their_fields(open_page: Open, files: dict[str, Path]) -> None:
+def test_dropped_files_find_their_fields(open_page: Open) -> None:
     page = open_page("/").page
     for target, names in (("#submission", ["b.ONNX", "calib.npz", "eval-set.npz"]), ("#model", ["odd.bin"])):
         dropped = page.evaluate_handle(
-            "names => { const t = new DataTransfer(); for (const n of names) t.items.add(new File(['x'], n)); return t }",
+            """names => {
+                const dropped = new DataTransfer();
+                for (const name of names) dropped.items.add(new File(['x'], name));
+                return dropped;
+            }""",
             names,
         )
         page.dispatch_event(target, "dragover", {"dataTransfer": dropped})
@@ -200,7 +203,7 @@ def test_a_page_follows_its_job(open_page: Open, page_jobs: PageJobs, stream: bo
     with page_jobs.sessions.begin() as session:
         JobRepository(session).cancel(job_id)
     expect(said).to_have_text("Stopping")
-    expect(page).to_have_title("residual.onnx: Stopping – AQuant")
+    expect(page).to_have_title(re.compile("residual.onnx: Stopping"))
 
 
 def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, page_jobs: PageJobs) -> None:
