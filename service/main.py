@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         reaper.start()
         tasks = [
             asyncio.create_task(watch.run(), name="watch"),
-            asyncio.create_task(Deliveries(sessions, settings.webhook_allow).run(), name="deliveries"),
+            asyncio.create_task(Deliveries(sessions, settings.webhook_networks).run(), name="deliveries"),
         ]
         try:
             yield

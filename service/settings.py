@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+
+
+def _networks(text: str) -> list[IPv4Network | IPv6Network]:
+    return [ip_network(network.strip()) for network in text.split(",") if network.strip()]
+
+
+def _check_networks(text: str) -> str:
+    _networks(text)
+    return text
 
 
 class Settings(BaseSettings):
@@ -109,11 +118,10 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="How long an Idempotency-Key stands for the job that came of it.")
     ] = 24 * 3600.0
     webhook_allow: Annotated[
-        list[IPv4Network | IPv6Network],
-        NoDecode,
-        BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value),
-        Field(description="Networks that webhooks may go to besides public ones, as 10.0.0.0/8,fd00::/8."),
-    ] = []
+        str,
+        AfterValidator(_check_networks),
+        Field(description="Networks, separated by commas, that webhooks may go to besides public addresses."),
+    ] = ""
     job_seconds: Annotated[float, Field(gt=0, description="Time limit of one attempt at a job.")] = 24 * 3600.0
 
     job_memory_bytes: Annotated[
@@ -148,6 +156,11 @@ class Settings(BaseSettings):
     def artifacts(self) -> str:
         """The artifact store's URL."""
         return self.artifacts_url or (self.data_dir.resolve() / "artifacts").as_uri()
+
+    @property
+    def webhook_networks(self) -> list[IPv4Network | IPv6Network]:
+        """Where webhooks may go besides public addresses."""
+        return _networks(self.webhook_allow)
 
     @property
     def work_dir(self) -> Path:

@@ -91,7 +91,7 @@ async def submit(request: Request, parts: PartsDep, visitor: VisitorDep) -> Resp
 async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
     """Where a job stands, and what came of it."""
     job, finished, others = await run_in_threadpool(_load, visitor, job_id)
-    report = None
+    blocks, report = progress.blocks_of(job, finished), None
     if job.state == JobState.SUCCEEDED:
         report = await run_in_threadpool(_read_report, parts, visitor, job_id)
     return _page(
@@ -99,7 +99,8 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         visitor,
         job=job,
         progress=progress,
-        blocks=progress.blocks_of(job, finished),
+        blocks=blocks,
+        under_way=next((row.name for row in blocks if row.state == "under way"), None),
         curve=progress.curve_of(job),
         report=report,
         plot=None if report is None else _accuracy_plot(report),

@@ -108,7 +108,9 @@ class Submitter:
                     "Send multipart/form-data with the files `model` and `calibration`, optionally "
                     "`evaluation`, and the field `config` (JSON).",
                 )
-        webhook = None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_allow)
+        webhook = (
+            None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_networks)
+        )
         with self._sessions.begin() as session:
             files = {**submission.files, **_take(self._uploads(session, submission), submission.references)}
         job = JobRecord(

@@ -376,6 +376,19 @@ def test_an_error_of_ours_is_a_page_too(
     assert "a secret" not in answer.text
 
 
+@pytest.mark.parametrize("block", [0, 1, 2, 3, 5])
+def test_every_moment_of_a_job_can_be_shown(web: Client, page_jobs: PageJobs, block: int) -> None:
+    """Between two blocks the one under way is already finished, and outside of reconstruction there is none."""
+    job_id = page_jobs.running()
+    page_jobs.go_on(job_id, 10 if block == 1 else 140, block=block)
+    for curve in ("as it is", None):
+        if curve is None:
+            with page_jobs.sessions.begin() as session:
+                job = session.get_one(JobRecord, job_id)
+                job.progress = {"block": block, "blocks": 5, "curve": None}
+        assert web.get(f"/page/jobs/{job_id}").status_code == 200
+
+
 def test_deleting_leads_back_to_the_list(web: Client, page_jobs: PageJobs) -> None:
     running, failed = page_jobs.running(), page_jobs.failed("x")
     refused = web.post(f"/page/jobs/{running}/delete", headers=OWN)
