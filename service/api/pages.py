@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from aquant_core.config import FLOAT_BITS, PresetName
+from aquant_core.report.page import NAMES
 from aquant_core.report.plots import Bar, accuracy_bars
 from aquant_core.report.schema import Report
 from service.api import events, jobs, results
@@ -226,8 +227,5 @@ def _accuracy_plot(report: Report) -> object:
         return None
     table = report.accuracy
     rows = (("float", table.float), ("nearest", table.nearest), (report.method, table.quantized))
-    bars = [
-        Bar(progress.NAMES[name], row.top1, row.interval, "chosen" if row is table.quantized else "")
-        for name, row in rows
-    ]
+    bars = [Bar(NAMES[name], row.top1, row.interval, "chosen" if row is table.quantized else "") for name, row in rows]
     return accuracy_bars(bars, "Top-1 accuracy", "accuracy")

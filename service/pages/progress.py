@@ -129,9 +129,8 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
 def settings_of(job: JobDocument) -> dict[str, Any]:
     """What was asked for, and nothing that goes without saying."""
     config = job.config
-    bare = QuantizationConfig(
-        weight_bits=config.weight_bits, activation_bits=config.activation_bits, preset=config.preset
-    ).model_dump(mode="json")
+    given = {name: getattr(config, name) for name in ("weight_bits", "activation_bits", "preset")}
+    bare = QuantizationConfig.model_validate(given).model_dump(mode="json")
     always = ("method", "weight_bits", "activation_bits", "preset", "protocol", "seed")
     return {
         name: value for name, value in config.model_dump(mode="json").items() if name in always or value != bare[name]

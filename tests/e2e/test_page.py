@@ -55,6 +55,7 @@ def picture(page: Page, folder: Path | None, name: str, scheme: str, height: int
     page.screenshot(path=folder / f"{name}.png")
 
 
+@pytest.mark.timeout(1800)  # pictures are made of a job of minutes
 def test_the_example_goes_from_the_form_to_the_checkpoint(
     chromium: Browser, stack: Stack, pictures: Path | None, tmp_path: Path
 ) -> None:
