@@ -227,5 +227,8 @@ def _accuracy_plot(report: Report) -> object:
         return None
     table = report.accuracy
     rows = (("float", table.float), ("nearest", table.nearest), (report.method, table.quantized))
-    bars = [Bar(NAMES[name], row.top1, row.interval, "chosen" if row is table.quantized else "") for name, row in rows]
+    bars = [
+        Bar(NAMES.get(name, name), row.top1, row.interval, "chosen" if row is table.quantized else "")
+        for name, row in rows
+    ]
     return accuracy_bars(bars, "Top-1 accuracy", "accuracy")

@@ -17,6 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials
 
 from service.api.auth import COOKIE, SECURE_COOKIE, admit_to_page, bearer_of
 from service.api.deps import PartsDep
+from service.api.locality import check_own_page
 from service.api.page_route import SIGN_IN, PageRoute, in_words
 from service.jobs.errors import KeyInvalidError, KeyMissingError, ServiceError, UploadTooLargeError
 from service.pages.render import render
@@ -59,9 +60,9 @@ async def sign_in(request: Request, parts: PartsDep) -> Response:
 
 
 @router.post("/page/sign-out")
-def sign_out(request: Request, parts: PartsDep) -> Response:
-    """Forget the key."""
-    admit_to_page(request, parts, bearer_of(request))
+def sign_out(request: Request) -> Response:
+    """Forget the key, also one that is good for nothing any more."""
+    check_own_page(request)
     response = RedirectResponse("/", 303)
     response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
     response.delete_cookie(SECURE_COOKIE, path="/", secure=True, httponly=True, samesite="strict")

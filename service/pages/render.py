@@ -48,7 +48,8 @@ def render(template: str, **values: Any) -> str:
 
 def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
-    return f"{NAMES[config.method]}, {_width('W', config.weight_bits)}{_width('A', config.activation_bits)}"
+    name = NAMES.get(config.method, config.method)
+    return f"{name}, {_width('W', config.weight_bits)}{_width('A', config.activation_bits)}"
 
 
 def _width(what: str, bits: int) -> str:

@@ -225,6 +225,9 @@ def test_bad_keys_are_refused_in_words(
     with sessions.begin() as session:
         KeyRepository(session).revoke(key.split("_")[1])
     assert "was revoked" in web.get("/", follow_redirects=True).text
+    assert "aquant-key" in web.cookies
+    web.post("/page/sign-out", headers=OWN)
+    assert "aquant-key" not in web.cookies
 
 
 @pytest.mark.parametrize(
@@ -314,8 +317,13 @@ def submit(web: Client, onnx_model: bytes, images: bytes, **fields: Any) -> Resp
         "evaluation": ("", b""),
         **fields,
     }  # fmt: skip
-    files = [(name, (None, part) if isinstance(part, str) else part) for name, part in parts.items()]
-    return web.post("/page/jobs", files=files, headers=OWN)
+    body = b""
+    for name, part in parts.items():  # by hand: httpx sends no empty file names
+        filename, content = (None, part.encode()) if isinstance(part, str) else part
+        named = "" if filename is None else f'; filename="{filename}"'
+        body += f'--b\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content + b"\r\n"
+    headers = OWN | {"Content-Type": "multipart/form-data; boundary=b"}
+    return web.post("/page/jobs", content=body + b"--b--\r\n", headers=headers)
 
 
 def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes) -> None:
