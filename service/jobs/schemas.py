@@ -43,6 +43,7 @@ class BlockForecast(BaseModel):
     seconds: float
     peak_bytes: int
     placement: Annotated[str, Field(description="Where its inputs and outputs are kept: device, memory or disk.")]
+    learned: Annotated[bool, Field(description="Whether it is reconstructed; progress counts no others.")] = True
 
 
 class JobForecast(BaseModel):

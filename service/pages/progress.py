@@ -12,7 +12,7 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.report.formats import duration
 from aquant_core.report.page import NAMES
 from aquant_core.report.plots import loss_plot
-from service.jobs.schemas import BlockForecast, JobDocument
+from service.jobs.schemas import JobDocument
 from service.jobs.states import JobState
 from service.pages.render import about
 
@@ -61,7 +61,8 @@ def blocks_of(job: JobDocument, finished: Sequence[Happened]) -> list[BlockRow]:
     """The blocks of the method under way; those of other methods are only counted in the job's stages."""
     progress = job.progress
     losses = {each.block: each.loss for each in finished if each.method == progress.method}
-    expected: Sequence[BlockForecast] = () if progress.forecast is None else progress.forecast.blocks
+    forecast = [] if progress.forecast is None else progress.forecast.blocks
+    expected = [block for block in forecast if block.learned]
     rows = []
     for number in range(1, progress.blocks + 1):
         known = expected[number - 1] if number <= len(expected) else None

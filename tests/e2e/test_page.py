@@ -6,6 +6,7 @@ With ``--pictures FOLDER`` the job takes longer, and the pictures of the documen
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import browser
 import httpx
 import pytest
 from browser import Watched
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from service.local import Stack, local_stack
@@ -52,7 +54,8 @@ def picture(page: Page, folder: Path | None, name: str, scheme: str, height: int
     folder.mkdir(parents=True, exist_ok=True)
     page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     page.set_viewport_size({"width": 1280, "height": height})
-    page.screenshot(path=folder / f"{name}.png")
+    shot = Image.open(io.BytesIO(page.screenshot()))
+    shot.quantize(128).save(folder / f"{name}.png", optimize=True)
 
 
 @pytest.mark.timeout(1800)  # pictures are made of a job of minutes
