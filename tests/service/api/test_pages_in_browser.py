@@ -186,10 +186,10 @@ def test_without_scripts_everything_is_there(open_page: Open, files: dict[str, P
 def test_a_page_follows_its_job(open_page: Open, page_jobs: PageJobs, stream: bool) -> None:
     """By events, and where they do not come through by asking."""
     job_id = page_jobs.running(100)
-    watched = open_page("/", expected=() if stream else ("ERR_FAILED", "MIME type"))
+    watched = open_page("/", expected=() if stream else ("500",))
     page = watched.page
     if not stream:
-        page.route("**/events", lambda route: route.abort())
+        page.route("**/events", lambda route: route.fulfill(status=500))
     page.goto(f"/page/jobs/{job_id}")
     expect(page.locator("#standing")).to_contain_text("iteration 100 of 300")
     page.locator("#cancel").focus()
