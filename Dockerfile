@@ -74,6 +74,9 @@ ENV PATH=/opt/venv/bin:/opt/aquant/bin:$PATH \
 WORKDIR /data
 
 FROM runtime AS api
+# Where the compose file's service `secrets` finds its volumes: an empty one takes its owner from here.
+RUN install -d -o aquant -g aquant -m 0750 /volumes/seed /volumes/aquant /volumes/postgres /volumes/redis /volumes/s3 \
+        /volumes/store
 COPY --from=api-dependencies /opt/venv /opt/venv
 COPY --from=project /opt/aquant /opt/aquant
 USER 10001:10001
@@ -101,7 +104,7 @@ ENV NUMBA_CACHE_DIR=/data/work/cache/numba \
     REMAP_SIGTERM=SIGQUIT
 USER 10001:10001
 # Its sign of life in the database, which it writes busy or not.
-HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=3 CMD python -m worker.health
+HEALTHCHECK --interval=30s --timeout=25s --start-period=60s --retries=3 CMD python -m worker.health
 # Celery's level is that of what it writes past the log.
 CMD ["python", "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--without-gossip", "--without-mingle", \
      "--loglevel", "WARNING"]

@@ -5,12 +5,14 @@ BIN := .venv/bin
 # OpenMP threads that wait should sleep, not spin: the service's processes share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit format constraints clean help
+.PHONY: demo test lint types unit format docs compose-check constraints clean help
 
 help:
 	@echo "make demo     quantize a real network through the real service (sets up .venv first)"
 	@echo "make test     set up, lint, check types and imports, run all tests"
 	@echo "make format   format and fix what can be fixed"
+	@echo "make docs     build the documentation's site into docs/_build/html"
+	@echo "make compose-check   build the images, run docker-compose.yml's profile cpu and try it (Docker or Podman)"
 
 demo: .venv/worker
 	$(BIN)/python examples/fashion_mnist/demo.py
@@ -31,6 +33,13 @@ unit: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# OPTIONS="--debian debian:13-slim" builds the servers instead of pulling them.
+compose-check: .venv/dev
+	$(BIN)/python benchmarks/compose_check.py $(OPTIONS)
+
+docs: .venv/dev
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 # torch's version is given, not searched for: each release is paired with one of torchvision.
 constraints: .venv/dev

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aquant_core.capture_model import capture
-    from aquant_core.checkpoint import load
+    from aquant_core.checkpoint_torch import load
     from aquant_core.config import QuantizationConfig
+    from aquant_core.export_onnx import write_onnx
     from aquant_core.graph import CapturedModel
     from aquant_core.images import ImageSet, check_images, read_images
     from aquant_core.pipeline import QuantizationResult, quantize
+    from aquant_core.planning import plan
     from aquant_core.progress import Progress
     from aquant_core.resources import Resources
     from aquant_core.runtime import IntegerModel
@@ -29,9 +31,11 @@ _MODULE_OF_NAME = {
     "Resources": "resources",
     "capture": "capture_model",  # a module named capture would hide the function
     "check_images": "images",
-    "load": "checkpoint",
+    "load": "checkpoint_torch",
+    "plan": "planning",
     "quantize": "pipeline",
     "read_images": "images",
+    "write_onnx": "export_onnx",
 }
 
 __all__ = [
@@ -45,8 +49,10 @@ __all__ = [
     "capture",
     "check_images",
     "load",
+    "plan",
     "quantize",
     "read_images",
+    "write_onnx",
 ]
 
 

@@ -40,14 +40,17 @@ def a_rounded_convolution(
     matrix = weight.reshape(groups, len(weight) // groups, -1)  # (G, O/G, C/G K)
     products = []
     for part in torch.split(x, max(_COLUMN_BYTES // column_bytes, 1)):
-        t = (part / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
-        columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (n, C K, L)
-        shape = groups, x.shape[1] // groups, window.positions, columns.shape[2]
-        columns = columns.reshape(len(part), *shape)  # (n, G, C/G, K, L)
-        x_hat = a_round(columns).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
+        x_hat = a_rounded_columns(part, grid, window, groups).mul_(grid.scale).flatten(2, 3)  # (n, G, C/G K, L)
         products.append((matrix @ x_hat).reshape(len(part), len(weight), *size))
     product = torch.cat(products)
     return product if bias is None else product + bias.reshape(1, -1, 1, 1)
+
+
+def a_rounded_columns(x: Tensor, grid: UniformGrid, window: Window, groups: int) -> Tensor:
+    """q - z of all im2col slots of (N, C, H, W) values: (N, G, C/G, K, L)."""
+    t = (x / grid.scale + grid.zero_point).clamp(0, grid.levels) - grid.zero_point
+    columns = F.unfold(t, window.kernel_size, window.dilation, window.padding, window.stride)  # (N, C K, L)
+    return a_round(columns.reshape(len(x), groups, x.shape[1] // groups, window.positions, columns.shape[2]))
 
 
 def a_round(t: Tensor) -> Tensor:
@@ -71,21 +74,28 @@ def a_round(t: Tensor) -> Tensor:
     rounded = rounded - _flips(error, dim=-2)
     # Third step: the window's sum, by at most one flip in each channel, of what is now its first candidate.
     error = rounded - t
-    window_sum = error.sum((-3, -2), keepdim=True)  # (..., 1, 1, L)
-    gain = error * window_sum.sign()  # a flip against the sum is possible where this is positive
+    window_sum = _sum(error, (-3, -2))  # (..., 1, 1, L)
+    sign = window_sum.sign().to(t.dtype)
+    gain = error * sign  # a flip against the sum is possible where this is positive
     best, place = gain.max(-2, keepdim=True)  # (..., C, 1, L)
-    best = best * (error.sum(-2, keepdim=True) * window_sum.sign() > 0)
+    best = best * (_sum(error, -2).sign() * sign > 0)
     chosen = _first(best, _count(window_sum.abs()), dim=-3) & (best > 0)
     flips = torch.zeros_like(t).scatter_(-2, place, chosen.to(t.dtype))
-    return rounded - flips * window_sum.sign()
+    return rounded - flips * sign
+
+
+def _sum(error: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """In float64, where these sums are exact or so nearly that their order does not matter."""
+    return error.sum(dim, keepdim=True, dtype=torch.float64)
 
 
 def _flips(error: Tensor, dim: int) -> Tensor:
     """+1 where a rounding is to be flipped down, -1 where up, else 0, so that each sum along ``dim`` is small."""
-    total = error.sum(dim, keepdim=True)
-    gain = error * total.sign()
+    total = _sum(error, dim)
+    sign = total.sign().to(error.dtype)
+    gain = error * sign
     chosen = _first(gain, _count(total.abs()), dim) & (gain > 0)
-    return chosen.to(error.dtype) * total.sign()
+    return chosen.to(error.dtype) * sign
 
 
 def _count(total: Tensor) -> Tensor:
@@ -94,9 +104,9 @@ def _count(total: Tensor) -> Tensor:
 
 
 def _first(gain: Tensor, count: Tensor, dim: int) -> Tensor:
-    """Whether an element is among the ``count`` largest along ``dim``."""
+    """Whether an element is among the ``count`` largest along ``dim``; of equal ones the first come first."""
     gain, count = gain.movedim(dim, -1), count.movedim(dim, -1)  # (..., n), (..., 1)
     most = min(int(count.max()), gain.shape[-1]) if count.numel() else 0  # no images, no windows
-    places = gain.topk(most, -1).indices  # (..., most)
+    places = gain.sort(dim=-1, descending=True, stable=True).indices[..., :most]
     taken = torch.arange(most, device=gain.device) < count
     return torch.zeros_like(gain, dtype=torch.bool).scatter_(-1, places, taken).movedim(-1, dim)

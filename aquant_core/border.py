@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aquant_core.config import BorderConfig
-
-STORED_TYPE = torch.float16
-"""The type in which border parameters are kept (the paper, 5.3)."""
+from aquant_core.encoding import decode_border, encode_border
 
 
 class Border(nn.Module):
@@ -18,12 +17,14 @@ class Border(nn.Module):
         coefficients: (P, C, K): b0, b1 (and b2 for ``quadratic``) of each input channel and im2col position;
             K = 1 for ``channel`` granularity.
         alpha: (C, K) weights of the channel mean, or None where they are fixed at 1.
+        bits: in which a parameter is stored.
     """
 
     alpha: nn.Parameter | None
 
     def __init__(self, config: BorderConfig, channels: int, positions: int) -> None:
         super().__init__()
+        self.bits = config.bits
         kept = positions if config.granularity == "position" else 1
         terms = 3 if config.form == "quadratic" else 2
         self.coefficients = nn.Parameter(torch.zeros(terms, channels, kept))
@@ -44,9 +45,19 @@ class Border(nn.Module):
         if self.alpha is not None:
             self.alpha.clamp_(0, 1)
 
+    def stored(self) -> tuple[dict[str, np.ndarray], list[float]]:
+        """The parameters as they are stored, and their steps (``encoding.encode_border``)."""
+        alpha = None if self.alpha is None else self.alpha.detach().cpu().numpy()
+        return encode_border(self.coefficients.detach().cpu().numpy(), alpha, self.bits)
+
     @torch.no_grad()
-    def round_to_stored_type(self) -> None:
-        """Rounds the parameters to ``STORED_TYPE``, so that what is stored is what was evaluated."""
-        limit = torch.finfo(STORED_TYPE).max
-        for tensor in self.tensors():
-            tensor.copy_(tensor.clamp(-limit, limit).to(STORED_TYPE).to(tensor.dtype))
+    def restore(self, coefficients: np.ndarray, alpha: np.ndarray | None) -> None:
+        """Takes the parameters of ``encoding.decode_border``."""
+        self.coefficients.copy_(torch.from_numpy(coefficients))
+        if self.alpha is not None:
+            assert alpha is not None
+            self.alpha.copy_(torch.from_numpy(alpha))
+
+    def round_to_stored(self) -> None:
+        """Rounds the parameters, so that what is stored is what was evaluated."""
+        self.restore(*decode_border(*self.stored()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -11,11 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aquant_core.architectures import build_from_state_dict
-from aquant_core.capture_onnx import capture_onnx, onnx_input_shape
+from aquant_core.capture_onnx import capture_onnx
 from aquant_core.capture_torch import capture_module
 from aquant_core.errors import CaptureMismatchError, ModelFormatError, NonFiniteError
 from aquant_core.graph import CapturedModel
 from aquant_core.images import check_image_shape
+from aquant_core.onnx_file import onnx_input_shape
 
 _DEFAULT_SIZE = 224
 _FLOAT32 = "float32 weights are needed: call model.float() first."
@@ -48,7 +48,7 @@ def capture(
         raise ModelFormatError(f"{path} is not a file.", "Give the path of an ONNX file or of a state dict.")
     with path.open("rb") as file:
         head = file.read(16)
-    if zipfile.is_zipfile(path) or head[:1] == b"\x80":
+    if head.startswith((b"PK\x03\x04", b"\x80")):
         state = _read_pth(path)
     elif head[8:9] == b"{":
         state = _read_safetensors(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from aquant_core.errors import CaptureMismatchError, ModelFormatError, UnsupportedOperatorError
+from aquant_core.errors import CaptureMismatchError, ModelFormatError, NonFiniteError, UnsupportedOperatorError
 from aquant_core.graph import INPUT, CapturedModel
 from aquant_core.graph_builder import GraphBuilder, unsupported
+from aquant_core.onnx_file import EXPORT_AGAIN, fixed_batch, only_input, read_onnx
 
-_MAX_NODES = 5_000
 _RUNTIME_IR_VERSION = 10
 _UNARY = {
     "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hardswish", "Identity": "",
@@ -29,12 +29,6 @@ _INCONSISTENT = (ArithmeticError, AssertionError, AttributeError, LookupError, R
 """What reading a graph raises whose fields do not belong together."""
 
 _BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
-_REMEDY = "Export the model again (torch.onnx.export, evaluation mode, weights inside: external_data=False)."
-
-
-def onnx_input_shape(path: str | Path) -> tuple[int | None, ...]:
-    """(C, H, W) that the file's only input declares; None for a free dimension."""
-    return _shape_of_input(_only_input(_read(path)))
 
 
 def capture_onnx(path: str | Path, example: Tensor) -> CapturedModel:
@@ -49,65 +43,18 @@ def capture_onnx(path: str | Path, example: Tensor) -> CapturedModel:
         UnsupportedOperatorError: an operator, named, that no graph can hold.
         CaptureMismatchError: the graph does not reproduce onnxruntime's outputs.
     """
-    model = _read(path)
+    model = read_onnx(path)
     try:
         captured = _Conversion(model, example).run()
     except _INCONSISTENT as error:
-        raise ModelFormatError(f"The ONNX graph contradicts itself: {error}.", _REMEDY) from error
+        raise ModelFormatError(f"The ONNX graph contradicts itself: {error}.", EXPORT_AGAIN) from error
     _compare_with_onnxruntime(model, captured, example)
     return captured
 
 
-def _read(path: str | Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except DecodeError as error:
-        raise ModelFormatError(f"The file is not ONNX, or is cut off: {error}.", _REMEDY) from error
-    if not model.graph.node or not model.opset_import:
-        raise ModelFormatError("The file holds no ONNX graph.", _REMEDY)
-    tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
-    external = [t.name for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL]
-    if external:
-        raise ModelFormatError(f"Weight {external[0]!r} is kept outside the file (external data).", _REMEDY)
-    if len(model.graph.node) > _MAX_NODES:
-        raise ModelFormatError(f"The graph has {len(model.graph.node)} nodes; at most {_MAX_NODES} are read.", _REMEDY)
-    return model
-
-
-def _only_input(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
-        raise UnsupportedOperatorError(
-            f"The network has {len(inputs)} inputs and {len(model.graph.output)} outputs.",
-            "Give it one image batch and one output.",
-        )
-    only: onnx.ValueInfoProto = inputs[0]
-    kind = only.type.tensor_type.elem_type
-    if kind != onnx.TensorProto.FLOAT:
-        name = onnx.TensorProto.DataType.Name(kind).lower()
-        raise ModelFormatError(f"Input {only.name!r} is {name}.", "float32 is needed: export the float32 model.")
-    return only
-
-
-def _shape_of_input(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    dims = value.type.tensor_type.shape.dim
-    if len(dims) != 4:
-        raise UnsupportedOperatorError(
-            f"Input {value.name!r} has {len(dims)} dimensions.",
-            "Networks over (N, C, H, W) images are supported.",
-        )
-    return tuple(dim.dim_value or None for dim in dims[1:])
-
-
-def _fixed_batch(model: onnx.ModelProto) -> int:
-    """The batch size that the network was exported for; 0 where it is free or the input has no shape."""
-    dims = _only_input(model).type.tensor_type.shape.dim
-    return int(dims[0].dim_value) if dims else 0
-
-
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
     """The captured graph must give what ONNX itself gives, before anything is quantized."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # published builds report to their maker otherwise
     import onnxruntime
 
     # onnx may write a newer IR version than onnxruntime reads; the operators decide, not the envelope.
@@ -116,8 +63,8 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
     runnable.ir_version = min(model.ir_version, _RUNTIME_IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    source = _only_input(model)
-    batch = _fixed_batch(model) or len(example)
+    source = only_input(model)
+    batch = fixed_batch(model) or len(example)
     images = example.repeat(-(-batch // len(example)), 1, 1, 1)[:batch]
     try:
         session = onnxruntime.InferenceSession(
@@ -125,12 +72,15 @@ def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, e
         )
         (expected,) = session.run(None, {source.name: images.numpy()})
     except Exception as error:  # onnxruntime's errors share no base class
-        raise ModelFormatError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}", _REMEDY) from error
+        raise ModelFormatError(f"onnxruntime refuses the model: {str(error).splitlines()[0]}", EXPORT_AGAIN) from error
+    if not np.isfinite(expected).all():
+        raise NonFiniteError("The float network gives NaN or infinity.", "Check its weights and the images' scaling.")
     actual = captured(images).numpy()
     scale = float(np.abs(expected).max()) or 1.0
-    difference = (
-        float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
-    )
+    with np.errstate(over="ignore"):
+        difference = (
+            float(np.abs(actual.reshape(expected.shape) - expected).max()) if actual.size == expected.size else scale
+        )
     if not difference <= 1e-3 * scale:
         raise CaptureMismatchError(
             f"The captured graph differs from the ONNX model by {difference:.3g} (of up to {scale:.3g}).",
@@ -145,7 +95,7 @@ class _Conversion:
         self.model = model
         self.opset = list(model.opset_import)
         self.builder = GraphBuilder(example)
-        self.names: dict[str, str] = {_only_input(model).name: INPUT}
+        self.names: dict[str, str] = {only_input(model).name: INPUT}
         self.static: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         self.parameters = {t.name for t in model.graph.initializer}
         self.readers = Counter(name for node in model.graph.node for name in node.input)
@@ -161,7 +111,7 @@ class _Conversion:
                 raise unsupported(f"{node.op_type} (with a subgraph)", where)
             unknown = [name for name in node.input if name and name not in self.names and name not in self.static]
             if unknown:
-                raise ModelFormatError(f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", _REMEDY)
+                raise ModelFormatError(f"Node {where!r} takes {unknown[0]!r}, which nothing produces.", EXPORT_AGAIN)
             if node.op_type == "Shape":
                 self._shape(node, attributes)
             elif not any(name in self.names for name in node.input):
@@ -184,7 +134,8 @@ class _Conversion:
         inputs = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()]  # fmt: skip # noqa: E501
         outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
         graph = onnx.helper.make_graph([node], "constant", inputs, outputs)
-        results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
+        with np.errstate(all="ignore"):  # what is not finite is refused where it becomes a weight
+            results = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=self.opset)).run(None, values)
         self.static.update({name: np.asarray(value) for name, value in zip(node.output, results, strict=True)})
 
     def _example_of(self, name: str) -> Tensor:
@@ -350,7 +301,7 @@ class _Conversion:
         source = self.names[node.input[0]]
         example = self.builder.values[source]
         sizes = [example.shape[axis] if size == 0 else int(size) for axis, size in enumerate(shape)]
-        if sizes[0] == _fixed_batch(self.model):
+        if sizes[0] == fixed_batch(self.model):
             sizes[0] = example.shape[0]
         return [self.builder.add_reshape(where, source, sizes)]
 

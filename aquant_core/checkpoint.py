@@ -1,197 +1,313 @@
-"""The quantized checkpoint: one safetensors file, packed integer codes, and a JSON document in its header."""
+"""The checkpoint file, read and written with numpy and safetensors alone; its format is docs/checkpoint.md.
+
+``checkpoint_torch`` makes a network of what is read here.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.numpy import save_file
 
-from aquant_core.border import STORED_TYPE
-from aquant_core.config import FLOAT_BITS, BorderConfig
-from aquant_core.errors import CheckpointError, ModelFormatError
-from aquant_core.graph import CapturedModel
-from aquant_core.layers import ActivationQuantizer, QuantizedLayer
-from aquant_core.model import QuantizedModel
-from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
+from aquant_core.encoding import decode_border, unpack_codes
+from aquant_core.errors import CheckpointError
 
-FORMAT = "aquant-checkpoint/1"
+FORMAT = "aquant-checkpoint/2"
+"""What is written."""
+
+UNVERIFIED_FORMAT = "aquant-checkpoint/1"
+"""The first version; it is read, but holds no digests of its tensors."""
+
+REMEDY = "Download it again; its sha256 is in the job's document, under files."
+
 _KEY = "aquant"  # the header has this one key: several would be written in no fixed order
-_REMEDY = "Download it again; its sha256 is in the job's document, under files."
+_FLOAT = 32  # config.FLOAT_BITS; that module needs pydantic
+_UNSIGNED = "0" * 64
+_OF_FORMAT = frozenset(("format", "graph", "layers", "quantizers", "a_rounding", "border", "tensors", "sha256"))
+_NAME_OF_TYPE = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
+_TYPES_OF_BORDER: dict[int, dict[str, type[np.generic]]] = {
+    16: {"border": np.float16, "alpha": np.float16},
+    8: {"border": np.int8, "alpha": np.uint8},
+}
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes below 2^bits as a dense bit string, lowest bit first: uint8 of ceil(n bits / 8) bytes."""
-    flat = np.ascontiguousarray(codes, dtype=np.uint8).reshape(-1, 1)
-    return np.packbits(np.unpackbits(flat, axis=1, bitorder="little")[:, :bits], bitorder="little")
+@dataclass(frozen=True)
+class StoredLayer:
+    """One conv2d or linear layer, its codes and border decoded.
+
+    Attributes:
+        weight: (O, C / groups, k_y, k_x) or (O, C): float32, or where it is quantized its codes, uint8.
+        weight_bits, activation_bits: 2 to 8, or 32 for float.
+        weight_scale, weight_zero_point: (O,) float32 and uint8; None where the weight is float.
+        bias: (O,) float32, or None.
+        input_scale: s, float32; None where the layer does not quantize its input.
+        zero_point: z of the input.
+        border: (P, C, K) float32: b0, b1 (and b2) by input channel and im2col position, K = 1 for one border a
+            channel; None for rounding to nearest.
+        alpha: (C, K) float32, or None for 1.
+    """
+
+    weight: np.ndarray
+    weight_bits: int
+    activation_bits: int
+    weight_scale: np.ndarray | None
+    weight_zero_point: np.ndarray | None
+    bias: np.ndarray | None
+    input_scale: np.float32 | None
+    zero_point: int
+    border: np.ndarray | None
+    alpha: np.ndarray | None
+
+    def dequantized_weight(self) -> np.ndarray:
+        """s_w (w_q - z_w), float32."""
+        if self.weight_scale is None or self.weight_zero_point is None:
+            return self.weight
+        by_output = (-1, *[1] * (self.weight.ndim - 1))
+        codes, zero_point = self.weight.astype(np.float32), self.weight_zero_point.astype(np.float32)
+        result: np.ndarray = (codes - zero_point.reshape(by_output)) * self.weight_scale.reshape(by_output)
+        return result
 
 
-def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of ``pack_codes``: ``count`` codes, uint8."""
-    stream = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    return np.packbits(stream, axis=1, bitorder="little")[:, 0]
+@dataclass(frozen=True)
+class StoredValue:
+    """A value quantized where it is made: bits (32 for float), zero-point, and its step where it is quantized."""
+
+    bits: int
+    zero_point: int
+    scale: np.float32 | None
 
 
-def tensors_of(model: QuantizedModel) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name; their bytes are the network's size."""
-    tensors = {f"{name}.{kind}": t for name, kinds in model.constants.items() for kind, t in kinds.items()}
-    for name, layer in model.layers.items():
-        if layer.weight is None:
-            tensors[f"{name}.weight"] = layer.float_weight
-        else:
-            packed = pack_codes(layer.weight.codes.cpu().numpy(), layer.weight_bits)
-            tensors[f"{name}.weight"] = torch.from_numpy(packed)
-            tensors[f"{name}.weight_scale"] = layer.weight.scale.flatten()
-            tensors[f"{name}.weight_zero_point"] = layer.weight.zero_point.flatten().to(torch.uint8)
-        if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
-        if layer.activation_scale is not None:
-            tensors[f"{name}.input_scale"] = layer.activation_scale.reshape(1)
-        if layer.border is not None:
-            tensors[f"{name}.border"] = layer.border.coefficients.to(STORED_TYPE)
-            if layer.border.alpha is not None:
-                tensors[f"{name}.alpha"] = layer.border.alpha.to(STORED_TYPE)
-    for name, quantizer in model.quantizers.items():
-        if quantizer.activation_scale is not None:
-            tensors[f"{name}.scale"] = quantizer.activation_scale.reshape(1)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        document: the JSON document of its header: graph, config, versions, ...
+        layers: by node name, in the graph's order.
+        values: by node name.
+        constants: other tensors of the graph, float32, by ``node.kind``.
+    """
+
+    document: dict[str, Any]
+    layers: dict[str, StoredLayer]
+    values: dict[str, StoredValue]
+    constants: dict[str, np.ndarray]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was said of the run when it was saved: config, seed, versions, digests."""
+        return {key: value for key, value in self.document.items() if key not in _OF_FORMAT}
 
 
-def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> None:
-    """Writes the checkpoint.
+def read(path: str | Path) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    Raises:
+        CheckpointError: not a checkpoint, another format version, or damaged; a tensor at fault is named.
+    """
+    path = Path(path)
+    text, document, tensors = _read_file(path)
+    try:
+        if document["format"] == FORMAT or "sha256" in document:
+            _verify(text, document, tensors)
+        return _parse(document, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error.detail}", error.remedy) from error
+    except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.", REMEDY) from error
+
+
+def write(path: str | Path, document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a checkpoint, whole or not at all, through a neighbouring temporary file.
 
     Args:
-        model: a finished network.
-        path: where to; written through a neighbouring temporary file.
-        about: JSON values for the header: config, seed, versions, digests.
+        path: where to.
+        document: JSON values; format version and digests are added.
+        tensors: by name, of float32, float16, uint8 or int8.
     """
-    layers = [
-        [
-            name,
-            layer.weight_bits,
-            layer.activation_bits,
-            layer.zero_point,
-            list(layer.float_weight.shape),
-            layer.bias is not None,
-        ]
-        for name, layer in model.layers.items()
-    ]
-    quantizers = [[name, part.activation_bits, part.zero_point] for name, part in model.quantizers.items()]
-    border = next((layer.border_config for layer in model.layers.values() if layer.border is not None), None)
-    document = {
-        "format": FORMAT,
-        **about,
-        "graph": model.graph.document(),
-        "layers": layers,
-        "quantizers": quantizers,
-        "a_rounding": any(layer.a_rounding for layer in model.layers.values()),
-        "border": None if border is None else border.model_dump(),
-    }
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    digests = _digests(contiguous)
+    signed = {**document, "format": FORMAT, "tensors": _short(digests), "sha256": _UNSIGNED}
+    text = json.dumps(signed, separators=(",", ":"), sort_keys=True)
+    text = text.replace(_field(_UNSIGNED), _field(_digest_of_all(text, digests)))
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors_of(model), partial, {_KEY: json.dumps(document, separators=(",", ":"), sort_keys=True)})
+        save_file(contiguous, partial, {_KEY: text})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The quantized network of a checkpoint: a module from (N, C, H, W) images to logits.
-
-    Its logits are those of the network that was saved, bit for bit on the same device and batch size.
-
-    Raises:
-        CheckpointError: not a checkpoint, another format version, or damaged; the tensor is named.
-    """
-    document, tensors = _read(Path(path))
-    try:
-        model = _rebuild(document, tensors)
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ModelFormatError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.", _REMEDY) from error
-    return model.to(device).eval()
+def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """sha256 of each tensor's name, type, shape and little-endian bytes, in the order of their names."""
+    digests = {}
+    for name, tensor in sorted(tensors.items()):
+        kind = _NAME_OF_TYPE.get(tensor.dtype.name, tensor.dtype.name)
+        sha = hashlib.sha256(f"{name} {kind} {','.join(map(str, tensor.shape))}\n".encode())
+        sha.update(tensor.tobytes())
+        digests[name] = sha.digest()
+    return digests
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _short(digests: Mapping[str, bytes]) -> str:
+    """What tells which tensor is at fault: eight hexadecimal digits of each."""
+    return "".join(digest[:4].hex() for digest in digests.values())
+
+
+def _digest_of_all(text: str, digests: Mapping[str, bytes]) -> str:
+    """sha256 of the document, its own digest being zeros, and of the tensors' digests."""
+    return hashlib.sha256(text.encode() + b"".join(digests.values())).hexdigest()
+
+
+def _field(digest: object) -> str:
+    return f'"sha256":"{digest}"'
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """The document, as text and as values, and the tensors."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file.", "Give the path of a downloaded checkpoint.")
     try:
-        with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_KEY, "{}")
+            document = json.loads(text)
             found = document.get("format") if isinstance(document, dict) else None
-            if found != FORMAT:
+            if found not in (FORMAT, UNVERIFIED_FORMAT):
                 raise CheckpointError(
-                    f"{path} has format {found!r}; this version reads {FORMAT!r}.", "Use a matching version."
+                    f"{path} has format {found!r}; this version reads {FORMAT!r} and {UNVERIFIED_FORMAT!r}.",
+                    "Use a matching version.",
                 )
-            return document, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.", _REMEDY) from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        cut = _first_cut_off(path)
+        why = str(error) if cut is None else f"it ends before tensor {cut!r} does"
+        raise CheckpointError(f"{path} cannot be read: {why}.", REMEDY) from error
+    return text, document, tensors
 
 
-def _rebuild(document: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
-    # Checkpoints of versions that quantized layers' inputs alone have neither quantizers nor a_rounding.
-    quantizers = document.get("quantizers", [])
-    names = {entry[0] for entry in (*document["layers"], *quantizers)}
-    flat = {name: tensor for name, tensor in tensors.items() if name.rsplit(".", 1)[0] not in names}
-    weights: dict[str, WeightRounding] = {}
-    for name, bits, _, _, shape, biased in document["layers"]:
-        if bits == FLOAT_BITS:
-            flat[f"{name}.weight"] = _tensor(tensors, f"{name}.weight", shape)
-        else:
-            weights[name] = _weight(tensors, name, bits, torch.Size(shape))
-            flat[f"{name}.weight"] = weights[name]()
-        if biased:
-            flat[f"{name}.bias"] = _tensor(tensors, f"{name}.bias", [shape[0]])
-    model = QuantizedModel(CapturedModel.from_document(document["graph"], flat))
-    if set(model.layers) | set(model.quantizers) != names:
-        raise CheckpointError("The layer table and the graph disagree.", _REMEDY)
-    for name, weight_bits, activation_bits, zero_point, *_ in document["layers"]:
-        layer = model.layers[name]
-        layer.weight, layer.weight_bits = weights.get(name), weight_bits
-        layer.a_rounding = document.get("a_rounding", False)
-        _quantize(layer, f"{name}.input_scale", activation_bits, zero_point, tensors)
-        if activation_bits != FLOAT_BITS and document["border"] is not None:
-            _add_border(layer, name, BorderConfig(**document["border"]), tensors)
-    for name, bits, zero_point in quantizers:
-        _quantize(model.quantizers[name], f"{name}.scale", bits, zero_point, tensors)
-    return model.requires_grad_(False)
+def _first_cut_off(path: Path) -> str | None:
+    """The first tensor whose end a truncated file has not; None where that is not what is wrong."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            data = path.stat().st_size - 8 - length
+            header = json.loads(file.read(length)) if data >= 0 else {}
+        ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+        beyond = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > data]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return beyond[0] if beyond else None
 
 
-def _quantize(
-    part: ActivationQuantizer, scale_name: str, bits: int, zero_point: int, tensors: Mapping[str, Tensor]
-) -> None:
-    if bits != FLOAT_BITS:
-        scale = _tensor(tensors, scale_name, [1]).reshape(())
-        part.quantize_activation(UniformGrid(scale, torch.tensor(float(zero_point)), largest_code(bits)), bits)
+def _verify(text: str, document: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Document and tensors against their digests; a tensor that is at fault is named."""
+    digests, stated = _digests(tensors), document["sha256"]
+    if stated == _digest_of_all(text.replace(_field(stated), _field(_UNSIGNED)), digests):
+        return
+    written, found = document["tensors"], _short(digests)
+    if len(found) != len(written):
+        _parse(document, tensors)  # which names a tensor that is missing
+        raise CheckpointError(f"It holds {len(found) // 8} tensors instead of {len(written) // 8}.", REMEDY)
+    for index, name in enumerate(digests):
+        if found[8 * index :][:8] != written[8 * index :][:8]:
+            raise CheckpointError(f"Tensor {name!r} and its digest disagree.", REMEDY)
+    raise CheckpointError("Its document and its digest disagree.", REMEDY)
 
 
-def _add_border(layer: QuantizedLayer, name: str, config: BorderConfig, tensors: Mapping[str, Tensor]) -> None:
-    border = layer.add_border(config)
-    with torch.no_grad():
-        border.coefficients.copy_(_tensor(tensors, f"{name}.border", list(border.coefficients.shape)))
-        if border.alpha is not None:
-            border.alpha.copy_(_tensor(tensors, f"{name}.alpha", list(border.alpha.shape)))
-
-
-def _weight(tensors: Mapping[str, Tensor], name: str, bits: int, shape: torch.Size) -> WeightRounding:
-    count = shape.numel()
-    packed = _tensor(tensors, f"{name}.weight", [(count * bits + 7) // 8])
-    codes = torch.from_numpy(unpack_codes(packed.numpy(), bits, count)).reshape(shape[0], -1).float()
-    scale = _tensor(tensors, f"{name}.weight_scale", [shape[0]]).reshape(-1, 1)
-    zero_point = _tensor(tensors, f"{name}.weight_zero_point", [shape[0]]).reshape(-1, 1).float()
-    return WeightRounding(codes, UniformGrid(scale, zero_point, largest_code(bits)), shape)
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, shape: list[int]) -> Tensor:
+def _take(
+    tensors: Mapping[str, np.ndarray], name: str, dtype: type[np.generic], shape: Sequence[int] | None = None
+) -> np.ndarray:
+    """The tensor of that name, if it has the type and shape."""
     if name not in tensors:
-        raise CheckpointError(f"Tensor {name!r} is missing.", _REMEDY)
+        raise CheckpointError(f"Tensor {name!r} is missing.", REMEDY)
     tensor = tensors[name]
-    if list(tensor.shape) != list(shape):
-        raise CheckpointError(f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", _REMEDY)
+    if shape is not None and list(tensor.shape) != list(shape):
+        raise CheckpointError(f"Tensor {name!r} has shape {list(tensor.shape)} instead of {list(shape)}.", REMEDY)
+    if tensor.dtype != dtype:
+        raise CheckpointError(f"Tensor {name!r} is {tensor.dtype} instead of {np.dtype(dtype)}.", REMEDY)
     return tensor
+
+
+def _parse(document: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> Checkpoint:
+    take = partial(_take, tensors)
+    # Checkpoints of versions that quantized layers' inputs alone have no quantizers.
+    tables = document["layers"], document.get("quantizers", [])
+    groups = {name: attributes.get("groups", 1) for name, _, _, attributes in document["graph"]["nodes"]}
+    layers = {entry[0]: _layer(take, document["border"], groups[entry[0]], *entry) for entry in tables[0]}
+    values = {}
+    for name, bits, zero_point in tables[1]:
+        scale = None if _is_float(bits, name) else np.float32(take(f"{name}.scale", np.float32, [1])[0])
+        values[name] = StoredValue(bits, zero_point, scale)
+    constants = {name: take(name, np.float32) for name in tensors if name.rsplit(".", 1)[0] not in (*layers, *values)}
+    return Checkpoint(document, layers, values, constants)
+
+
+def _is_float(bits: Any, name: str) -> bool:
+    if type(bits) is not int or not (2 <= bits <= 8 or bits == _FLOAT):
+        raise CheckpointError(f"{name!r} has {bits!r} bits, not 2 to 8, nor {_FLOAT} for float.", REMEDY)
+    return bits == _FLOAT
+
+
+def _layer(
+    take: Callable[..., np.ndarray],
+    border: Mapping[str, Any] | None,
+    groups: int,
+    name: str,
+    weight_bits: int,
+    activation_bits: int,
+    zero_point: int,
+    shape: Sequence[int],
+    has_bias: bool,
+    *border_steps: float,
+) -> StoredLayer:
+    """A row of the layer table and its tensors."""
+    outputs = shape[0]
+    scale = weight_zero_point = input_scale = None
+    if _is_float(weight_bits, name):
+        weight = take(f"{name}.weight", np.float32, shape)
+    else:
+        count = math.prod(shape)
+        packed = take(f"{name}.weight", np.uint8, [(count * weight_bits + 7) // 8])
+        weight = unpack_codes(packed, weight_bits, count).reshape(shape)
+        scale = take(f"{name}.weight_scale", np.float32, [outputs])
+        weight_zero_point = take(f"{name}.weight_zero_point", np.uint8, [outputs])
+    bias = take(f"{name}.bias", np.float32, [outputs]) if has_bias else None
+    coefficients = alpha = None
+    if not _is_float(activation_bits, name):
+        input_scale = np.float32(take(f"{name}.input_scale", np.float32, [1])[0])
+        if border is not None:
+            positions = math.prod(shape[2:]) if border["granularity"] == "position" else 1
+            coefficients, alpha = _border(take, border, name, groups * shape[1], positions, border_steps)
+    return StoredLayer(
+        weight, weight_bits, activation_bits, scale, weight_zero_point, bias, input_scale, zero_point, coefficients,
+        alpha,
+    )  # fmt: skip
+
+
+def _border(
+    take: Callable[..., np.ndarray],
+    config: Mapping[str, Any],
+    name: str,
+    channels: int,
+    positions: int,
+    steps: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Coefficients and alpha of a layer."""
+    types = _TYPES_OF_BORDER[config.get("bits", 16)]  # the first version has no bits
+    terms = 3 if config["form"] == "quadratic" else 2
+    stored = {"border": take(f"{name}.border", types["border"], [terms, channels, positions])}
+    if config["alpha"] == "learned" and positions > 1:
+        stored["alpha"] = take(f"{name}.alpha", types["alpha"], [channels, positions])
+    if len(steps) != (terms if types["border"] is np.int8 else 0):
+        raise CheckpointError(f"Layer {name!r} has {len(steps)} steps of its border.", REMEDY)
+    return decode_border(stored, steps)

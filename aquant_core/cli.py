@@ -1,76 +1,247 @@
-"""Commands that need no service; ``aquant`` finds them by their entry points."""
+"""The core's commands, which need no service: ``aquant quantize``, ``aquant eval`` and ``aquant export``.
+
+``service.cli`` finds them by the entry points in pyproject.toml, and says what is to be installed where importing this
+module fails. It imports nothing heavy itself, since every command of ``aquant`` imports it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aquant_core.config import QuantizationConfig, read_configuration
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
+    if importlib.util.find_spec(_name) is None:
+        raise ModuleNotFoundError(f"the core's commands need {_name}", name=_name)
+
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 
 def quantize(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
-    config: Annotated[str, typer.Option(help="JSON, or the path of a JSON file: bits, method, preset ...")],
-    evaluation: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
-    ] = None,
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
         "quantized.safetensors"
     ),
+    weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")] = None,
+    preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
+    ] = None,
     report: Annotated[
-        Path, typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON.")
-    ] = Path("report.html"),
+        Path | None,
+        typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON."),
+    ] = None,
+    resume_from: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
+    ] = False,
+    device: _Device = "cpu",
 ) -> None:
     """Quantize a network on this machine, without a service."""
-    for path in (output, report):
-        if not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{path.parent} is not a folder")
-    values = _configuration(config)
+    options = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "method": method,
+        "preset": preset,
+        "architecture": architecture,
+        "seed": seed,
+        "dry_run": dry_run or None,
+    }
     try:
-        from aquant_core import pipeline
-        from aquant_core.report.page import render
-    except ImportError as error:
-        typer.echo(f"`aquant quantize` needs {error.name}: pip install 'aquant-service[core]'.", err=True)
-        raise typer.Exit(1) from error
+        configuration = QuantizationConfig.model_validate(read_configuration(config, options))
+    except ValueError as error:
+        if type(error) is not ValueError:  # what pydantic says is told by the caller
+            raise
+        raise typer.BadParameter(str(error), param_hint="--config") from error
+    for option, path in (("--output", output), ("--report", report)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=option)
+    chosen = _device(device)
+
+    from aquant_core.pipeline import quantize as run
+    from aquant_core.planning import plan
+    from aquant_core.report.page import render
+    from aquant_core.resources import Resources
+
+    if configuration.dry_run:
+        with _errors_told():
+            document = plan(model, calibration, configuration, evaluation, _Printed(), resources=Resources(chosen))
+        typer.echo(json.dumps(document, indent=2))
+        return
+    with _errors_told():
+        result = run(
+            model,
+            calibration,
+            configuration,
+            evaluation,
+            _Printed(),
+            resources=Resources(chosen),
+            resume_from=resume_from,
+        )
+        result.save(output)
+    if report is not None:
+        page = report.suffix.lower() in (".html", ".htm")
+        text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
+        report.write_text(text, encoding="utf-8")
+    for warning in result.report["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    for name, measured in (result.report["accuracy"] or {}).items():
+        typer.echo(f"{name:<10} {_percent(measured['top1'])} of {measured['n']:,}")
+    if result.report["accuracy"] is None:
+        for name, measured in result.report["fidelity"].items():
+            typer.echo(f"{name:<10} decides as the float network on {_percent(measured['agreement'])}")
+    typer.echo(f"{output}  {output.stat().st_size:,} bytes (float32: {result.report['size']['float_bytes']:,})")
+
+
+def evaluate(
+    network: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A checkpoint, or ONNX.")],
+    images: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Another checkpoint or ONNX: how often both decide alike."),
+    ] = None,
+    integers: Annotated[bool, typer.Option("--integers", help="Run checkpoints on integers (IntegerModel).")] = False,
+    device: _Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a network: accuracy where the images have labels, agreement with another network."""
+    chosen = _device(device)
+
+    from aquant_core.evaluation import accuracy, fidelity, wilson_interval
+    from aquant_core.images import read_images
+    from aquant_core.networks import open_network
+
+    measured: dict[str, Any] = {"network": str(network)}
+    with _errors_told():
+        read = read_images(images, "evaluation")
+        if read.labels is None and against is None:
+            raise typer.BadParameter(f"{images} has no labels: give --against another network", param_hint="--images")
+        logits = open_network(network, chosen, integers).logits_of(read)
+        if read.labels is not None:
+            measured["accuracy"] = accuracy(logits, read.labels)
+        if against is not None:
+            other = open_network(against, chosen, integers).logits_of(read)
+            if other.shape != logits.shape:
+                classes = f"{logits.shape[1]} and {other.shape[1]}"
+                raise typer.BadParameter(f"the networks have {classes} classes", param_hint="--against")
+            found = fidelity(logits, other)
+            interval = [round(bound, 6) for bound in wilson_interval(found["agreement"], found["n"])]
+            measured["fidelity"] = {"against": str(against), **found, "interval": interval}
+    if as_json:
+        typer.echo(json.dumps(measured, indent=2))
+        return
+    for name, share in (("accuracy", "top1"), ("fidelity", "agreement")):
+        if name in measured:
+            part = measured[name]
+            low, high = (_percent(bound) for bound in part["interval"])
+            typer.echo(f"{share:<10} {_percent(part[share])}  (95 %: {low} to {high}; {part['n']:,} images)")
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Quantized checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="ONNX file to write.")] = Path(
+        "quantized.onnx"
+    ),
+    compare: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Images to compare it on with the checkpoint, code by code."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as ONNX with standard operators."""
+    import onnx
+
+    import aquant_core
+    from aquant_core import onnx_agreement
+    from aquant_core.images import check_image_shape
+    from aquant_core.model import QuantizedModel
+
+    with _errors_told():
+        model = aquant_core.load(checkpoint)
+        assert isinstance(model, QuantizedModel)
+        images = None if compare is None else aquant_core.read_images(compare, "evaluation").images
+        if images is not None:
+            check_image_shape(model.graph.input_shape, images, "evaluation")
+        aquant_core.write_onnx(model, output)
+        typer.echo(f"{output}  {output.stat().st_size:,} bytes")
+        if images is None:
+            return
+        found = onnx_agreement.compare(model, onnx.load(output), images)
+    typer.echo(
+        f"{found.images:,} images in onnxruntime: {sum(found.differing_given_input.values()):,} of "
+        f"{sum(found.codes.values()):,} codes differ given the same input, a share of {found.share_differing:.2g} in "
+        f"the whole run; {found.same_top1:,} predictions are the same"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
     try:
-        result = pipeline.quantize(model, calibration, values, evaluation, _Told())
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{name!r} is no device", param_hint="--device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"there are {torch.cuda.device_count()} CUDA devices", param_hint="--device")
+    return device
+
+
+@contextlib.contextmanager
+def _errors_told() -> Iterator[None]:
+    """Errors meant for the user, without a traceback."""
+    try:
+        yield
     except AQuantError as error:
         typer.echo(f"{error.detail} {error.remedy}", err=True)
         raise typer.Exit(1) from error
-    result.save(output)
-    page = report.suffix.lower() in (".html", ".htm")
-    report.write_text(render(result.report) if page else json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
-    typer.echo(f"{output}\n{report}")
+    except OSError as error:
+        typer.echo(f"{error.filename or 'A file'}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from error
 
 
-def _configuration(given: str) -> dict[str, Any]:
-    try:
-        values = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(
-            f"{given!r} is neither JSON nor a file of it: {error}", param_hint="--config"
-        ) from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{given} holds a {type(values).__name__}, not an object", param_hint="--config")
-    return values
-
-
-class _Told:
-    """A line for each stage and block."""
+class _Printed:
+    """Prints progress to stderr, a line for each stage and block, as a log has it."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._told: tuple[str, str | None, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
-        words = [word for word in (progress.stage, progress.method) if word]
+        step = (progress.stage, progress.method, progress.block)
+        if step == self._told:
+            return
+        self._told = step
+        words = [progress.stage, progress.method or ""]
         if progress.block:
             words.append(f"block {progress.block} of {progress.blocks}")
-        line = " ".join(words)
-        if line != self._last:
-            typer.echo(line, err=True)
-            self._last = line
+        if progress.eta_seconds is not None:
+            words.append(f"{progress.eta_seconds:.0f} s left")
+        typer.echo(" ".join(word for word in words if word), err=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +17,8 @@ ProtocolName = Literal["paper", "qdrop", "brecq", "all-low-bit"]
 
 FLOAT_BITS = 32
 """Bit width that stands for "not quantized"."""
+SEARCHED_FROM = 2
+"""The least bits that a layer gets where a target is given and nothing is said of widths."""
 
 
 def _check_bits(bits: int) -> int:
@@ -44,7 +49,8 @@ class BorderConfig(_Strict):
     ``stretched``: 2.5 (sigmoid(v) - 1/2) clipped, ``clip``: section 4.2's own). ``fusion``: ``channel_mean``
     is Eq. 9. ``alpha``: Eq. 9's weights, 1 or learned. ``granularity``: one border per im2col ``position``
     (the paper) or per input ``channel``. ``input_gradient``: whether the border's own dependence on its input
-    carries gradient.
+    carries gradient. ``bits``: in which each of its parameters is stored, and to which it is rounded when its block
+    is finished: 16 (the paper, section 5.3) or 8.
     """
 
     form: Literal["quadratic", "linear"] = "quadratic"
@@ -59,6 +65,9 @@ class BorderConfig(_Strict):
     alpha: Literal["fixed", "learned"] = "fixed"
     granularity: Literal["position", "channel"] = "position"
     input_gradient: bool = True
+    bits: Annotated[
+        Literal[16, 8], Field(description="In which each of its parameters is stored: fp16, or 8 bits with a step.")
+    ] = 16
 
     @model_validator(mode="after")
     def _refuse_meaningless(self) -> Self:
@@ -134,8 +143,62 @@ class ProtocolSwitches(_Strict):
     shortcut: Literal["float", "low"] | None = None
 
 
-class QuantizationConfig(_Strict):
-    """A quantization job's configuration; only the bit widths are required."""
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Preprocess(_Strict):
+    """How image files become what the network takes, as torchvision does it; the defaults are ImageNet's usual ones.
+
+    An image is resized, cropped, scaled to [0, 1], and normalized: (x - mean) / std. Three means make it RGB, one makes
+    it grey.
+    """
+
+    size: Annotated[Pixels | tuple[Pixels, Pixels], Field(description="Of the shorter side, or [height, width].")] = 256
+    crop: Annotated[
+        Pixels | tuple[Pixels, Pixels] | None, Field(description="From the centre; null keeps the whole image.")
+    ] = 224
+    mean: Annotated[tuple[_Number, ...], Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[_Deviation, ...], Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _agree_on_channels(self) -> Self:
+        counts = len(self.mean), len(self.std)
+        if counts not in ((1, 1), (3, 3)):
+            raise ValueError(
+                f"mean and std have {counts[0]} and {counts[1]} values; give both 3 (RGB) or both 1 (grey)"
+            )
+        return self
+
+
+class Target(_Strict):
+    """What the result is to hold; the bit widths of the layers are searched for it.
+
+    ``max_accuracy_drop``: percentage points of top-1 against the float network, on the evaluation images; without
+    labels, percent of images decided otherwise than by the float network.
+    """
+
+    max_accuracy_drop: Annotated[
+        float,
+        Field(ge=0, le=100, description="Percentage points of top-1 that may be lost against the float network."),
+    ]
+
+
+def _bits_or_target(schema: dict[str, Any]) -> None:
+    """The JSON schema says that a target stands in for the bit widths."""
+    bits = ["weight_bits", "activation_bits"]
+    schema["required"] = [name for name in schema["required"] if name not in bits]
+    schema["anyOf"] = [{"required": bits}, {"required": ["target"]}]
+
+
+class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
+    """A quantization job's configuration; only the bit widths are required, or a target.
+
+    With a target ``weight_bits`` and ``activation_bits`` (2 where nothing is said) are the least that a layer gets, and
+    ``layers`` are kept as they are.
+    """
 
     method: Method = "aquant"
     weight_bits: Bits
@@ -156,10 +219,34 @@ class QuantizationConfig(_Strict):
     architecture: Annotated[
         str | None, Field(max_length=64, description="Name of the network a state dict belongs to.")
     ] = None
+    preprocess: Annotated[
+        Preprocess | None, Field(description="How image files are prepared; arrays are taken as they are.")
+    ] = None
     layers: Annotated[dict[str, LayerOverride], Field(max_length=4096)] = {}
     compare: Annotated[
         list[Method], Field(max_length=8, description="Methods to run beside `method`, for one table in the report.")
     ] = []
+    dry_run: Annotated[
+        bool, Field(description="End after the forecast: blocks, layers, bits, size, time and memory; no checkpoint.")
+    ] = False
+    target: Annotated[
+        Target | None,
+        Field(
+            description="Search the layers' bit widths, from the two above upwards, for the smallest network that holds"
+        ),
+    ] = None
+    sensitivity: Annotated[
+        bool,
+        Field(description="Measure what more bits for a layer would gain; takes up to a quarter of the run's time."),
+    ] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_the_lowest(cls, data: Any) -> Any:
+        """With a target the widths may be left unsaid."""
+        if not isinstance(data, dict) or data.get("target") is None:
+            return data
+        return {"weight_bits": SEARCHED_FROM, "activation_bits": SEARCHED_FROM} | data
 
     @model_validator(mode="before")
     @classmethod
@@ -184,8 +271,44 @@ class QuantizationConfig(_Strict):
             raise ValueError(f'compare: "{twice}" would run twice; name each method once, and not "method" itself')
         return self
 
+    @model_validator(mode="after")
+    def _refuse_meaningless_target(self) -> Self:
+        if self.target is None:
+            return self
+        if self.compare:
+            raise ValueError(
+                'compare: methods are compared at given widths, which "target" is to find: leave one of the two out'
+            )
+        if self.weight_bits == FLOAT_BITS:
+            raise ValueError(
+                f'target: with "weight_bits" {FLOAT_BITS} no width would make the network smaller: '
+                "set it to the least that a layer may have, 2 to 8, or leave it out"
+            )
+        return self
+
     @property
     def resolved_protocol(self) -> Protocol:
         """The named protocol with the switches that the configuration sets otherwise."""
         switches = self.protocol_switches.model_dump(exclude_none=True)
         return PROTOCOLS[self.protocol].model_copy(update=switches)
+
+
+def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command line's keys and values.
+
+    Args:
+        given: JSON, or the path of a file of it.
+        options: go over it where they are not None.
+
+    Raises:
+        ValueError: it is no JSON object, or the file cannot be read.
+    """
+    configuration: Any = {}
+    if given is not None:
+        try:
+            configuration = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given} is neither JSON nor a file of it: {error}") from error
+        if not isinstance(configuration, dict):
+            raise ValueError(f"{given} holds a {type(configuration).__name__}, not an object")
+    return {**configuration, **{name: value for name, value in options.items() if value is not None}}

@@ -66,10 +66,22 @@ class ImageSetError(AQuantError):
     code = "images_invalid"
 
 
+class PreprocessMissingError(AQuantError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
 class UnknownLayerError(AQuantError):
     """The configuration names a layer that the network does not have."""
 
     code = "layer_unknown"
+
+
+class DryRunError(AQuantError):
+    """A run was asked for with a configuration that asks for a forecast alone."""
+
+    code = "dry_run_requested"
 
 
 class CheckpointError(AQuantError):
@@ -82,3 +94,9 @@ class ResumeError(AQuantError):
     """The folder to resume from holds the blocks of another run."""
 
     code = "resume_mismatch"
+
+
+class OnnxExportError(AQuantError):
+    """The quantized network cannot be written with standard ONNX operators."""
+
+    code = "onnx_export_unsupported"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aquant_core.border import STORED_TYPE
-from aquant_core.config import BorderConfig, Method
+from aquant_core.config import BorderConfig, Method, QuantizationConfig
 from aquant_core.errors import ResumeError
-from aquant_core.graph import Node
+from aquant_core.graph import CapturedModel, Node
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
-from aquant_core.model import QuantizedModel
+from aquant_core.model import QuantizedModel, bits_of_layers, bits_of_marks
 from aquant_core.partition import Block
 
 _FORMAT = "aquant-block/1"
@@ -33,13 +32,14 @@ class FinishedBlocks:
         folder: made if it is not there.
         run: JSON values that decide the outcome; blocks of a run with others are refused.
         method: its name is part of the files', so that several methods share a folder.
+        widths: from ``words_of_widths``, where networks of several widths share a folder, too.
 
     Raises:
         ResumeError: ``folder`` is a file.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], method: Method) -> None:
-        self._folder, self._method = folder, method
+    def __init__(self, folder: Path, run: dict[str, Any], method: Method, widths: Sequence[str] | None = None) -> None:
+        self._folder, self._method, self._widths = folder, method, widths
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
         if folder.exists() and not folder.is_dir():
             raise ResumeError(f"{folder} is a file.", "Give a folder; it is made if it is not there.")
@@ -92,7 +92,19 @@ class FinishedBlocks:
         return entry
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"block-{self._method}-{index:04d}.safetensors"
+        words = [self._method, f"{index:04d}", *([] if self._widths is None else [self._widths[index]])]
+        return self._folder / f"block-{'-'.join(words)}.safetensors"
+
+
+def words_of_widths(graph: CapturedModel, blocks: Sequence[Block], config: QuantizationConfig) -> list[str]:
+    """A word a block for the widths of all that decides how it comes out: its own and those of the blocks before."""
+    bits = bits_of_layers(graph, config)
+    all_bits: dict[str, Any] = {**bits, **bits_of_marks(graph, bits, config)}
+    sha, words = hashlib.sha256(), []
+    for block in blocks:
+        sha.update(json.dumps([(node.name, all_bits.get(node.name)) for node in block.nodes]).encode())
+        words.append(sha.hexdigest()[:16])
+    return words
 
 
 def _digest(tensors: dict[str, Tensor], entry: dict[str, Any]) -> str:
@@ -111,9 +123,9 @@ def _tensors_of(block: Block, model: QuantizedModel) -> dict[str, Tensor]:
         if part.activation_scale is not None:
             tensors[f"{node.name}.input_scale"] = part.activation_scale
         if part.border is not None:
-            tensors[f"{node.name}.border"] = part.border.coefficients.to(STORED_TYPE)
+            tensors[f"{node.name}.border"] = part.border.coefficients  # rounded to what is stored
             if part.border.alpha is not None:
-                tensors[f"{node.name}.alpha"] = part.border.alpha.to(STORED_TYPE)
+                tensors[f"{node.name}.alpha"] = part.border.alpha
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

@@ -60,6 +60,11 @@ class Forecast:
     def peak_bytes(self) -> int:
         return max((block.peak_bytes for block in self.blocks), default=0)
 
+    @property
+    def placement(self) -> Placement:
+        """Where a few of every block's values may be kept: in files if some block's have to be."""
+        return "disk" if any(block.placement == "disk" for block in self.blocks) else "memory"
+
     def document(self) -> dict[str, Any]:
         """JSON values."""
         blocks = [vars(block) | {"seconds": round(block.seconds, 3)} for block in self.blocks]
@@ -130,7 +135,7 @@ def _try_block(
 ) -> tuple[_Trial, Tensor]:
     """Hands one batch on and does two iterations of each unit."""
     device = value.device
-    model = _roughly_quantized(graph, block, value, config, schedule)
+    model = roughly_quantized(graph, block, value, config, schedule)
     peak = PeakMemory(device)
     started = time.perf_counter()
     output = run_float_block(graph, block, value)
@@ -178,7 +183,7 @@ def _seconds_of(learner: BlockLearner, step: int, device: torch.device) -> float
     return time.perf_counter() - started
 
 
-def _roughly_quantized(
+def roughly_quantized(
     graph: CapturedModel, block: Block, value: Tensor, config: QuantizationConfig, schedule: Schedule
 ) -> QuantizedModel:
     """A network whose ``block`` costs what it will cost; its steps come from ranges, not from a search."""

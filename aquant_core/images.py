@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 import tokenize
 import zipfile
 import zlib
@@ -18,22 +19,24 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aquant_core.config import QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError, UnknownLayerError
+from aquant_core.config import Preprocess, QuantizationConfig
+from aquant_core.errors import ImageSetError, NonFiniteError, PreprocessMissingError, UnknownLayerError
 from aquant_core.graph import CapturedModel
+from aquant_core.image_archive import archive_kind, read_archive
 
 MINIMUM_IMAGES = 16
 ENOUGH_IMAGES = 256
 _REMEDY = (
-    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,)."
+    "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,); "
+    "or a zip or tar of image files."
 )
 Kind = Literal["calibration", "evaluation"]
 
 _UNREADABLE = (
     OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, SyntaxError,
-    tokenize.TokenError, zlib.error, zipfile.BadZipFile, SafetensorError,
+    tokenize.TokenError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile, tarfile.TarError, SafetensorError,
 )  # fmt: skip
-"""What numpy, zipfile and safetensors raise on damaged files."""
+"""What numpy, zipfile, tarfile and safetensors raise on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,24 @@ class ImageSet:
         return read_images(path)
 
 
-def read_images(path: str | Path, what: Kind = "calibration") -> ImageSet:
+def read_images(path: str | Path, what: Kind = "calibration", preprocess: Preprocess | None = None) -> ImageSet:
     """Reads an image file and checks it by itself.
 
     uint8 images are scaled to [0, 1]; floats are taken as they are.
 
     Args:
         path: ``.npz`` (arrays ``images`` and, optionally, ``labels``; a single array of any name will do),
-            ``.npy``, or ``.safetensors``. The content decides, not the name. Nothing is unpickled.
+            ``.npy``, ``.safetensors``, or a zip or tar of image files (see ``image_archive.read_archive``). The
+            content decides, not the name. Nothing is unpickled.
         what: how error messages call the set.
+        preprocess: how image files are prepared; arrays are taken as prepared already.
 
     Raises:
         ImageSetError: unreadable, or of a wrong shape or type.
         NonFiniteError: NaN or infinity.
     """
+    if (archived := _read_archive(Path(path), what, preprocess)) is not None:
+        return archived
     arrays = _read_arrays(Path(path), what)
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     if images is None:
@@ -131,6 +138,22 @@ def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | 
     return classes
 
 
+def _read_archive(path: Path, what: Kind, preprocess: Preprocess | None) -> ImageSet | None:
+    """The images of an archive of image files; None if the file is something else."""
+    try:
+        kind = archive_kind(path)
+        if kind is None:
+            return None
+        if preprocess is None:
+            raise PreprocessMissingError(
+                f"The {what} file is an archive of images, and nothing says how they are to be prepared.",
+                'Set "preprocess" to the size, crop, mean and std of the training; {} takes the usual ones.',
+            )
+        return ImageSet(*read_archive(path, kind, preprocess))
+    except _UNREADABLE as error:
+        raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
+
+
 def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
@@ -142,7 +165,10 @@ def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
             if isinstance(loaded, np.ndarray):
                 return {"images": loaded}
             with loaded:
-                return {name: loaded[name] for name in loaded.files}
+                arrays = {name: loaded[name] for name in loaded.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds something other than arrays")  # of which numpy gives the bytes
+            return arrays
     except _UNREADABLE as error:
         raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 
@@ -182,16 +208,23 @@ def check_images(
         warnings.append(f"{len(calibration)} calibration images are few; 1,024 are usual.")
     if evaluation is not None:
         check_image_shape(model.input_shape, evaluation.images, "evaluation")
-        _check_labels(model, evaluation, "evaluation")
-    _check_labels(model, calibration, "calibration")
+        _check_labels_of(model, evaluation, "evaluation")
+    _check_labels_of(model, calibration, "calibration")
     return warnings
 
 
-def _check_labels(model: CapturedModel, images: ImageSet, what: Kind) -> None:
-    if images.labels is None:
-        return
-    classes = int(model(images.images[:1]).shape[1])
-    highest = int(images.labels.max())
+def _check_labels_of(model: CapturedModel, images: ImageSet, what: Kind) -> None:
+    if images.labels is not None:
+        check_labels(int(model(images.images[:1]).shape[1]), images, what)
+
+
+def check_labels(classes: int, images: ImageSet, what: Kind) -> None:
+    """Whether the labels, if there are any, are among the network's classes.
+
+    Raises:
+        ImageSetError: they are not.
+    """
+    highest = -1 if images.labels is None else int(images.labels.max())
     if highest >= classes:
         raise ImageSetError(
             f"The {what} labels go up to {highest}, the network has {classes} classes.",

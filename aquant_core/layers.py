@@ -104,7 +104,7 @@ class ActivationQuantizer(nn.Module):
     def finish(self) -> None:
         """Ends learning: the border has its stored precision, the schedule is over."""
         if self.border is not None:
-            self.border.round_to_stored_type()
+            self.border.round_to_stored()
         self.rounding, self.dropping = 1.0, None
 
 

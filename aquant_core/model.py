@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -160,25 +161,52 @@ def quantize_to_nearest(
         weights: from ``search_weights``, if they have been searched; they are copied.
     """
     model = QuantizedModel(graph)
+    weights = search_weights(graph, config) if weights is None else weights
+    quantize_nodes_to_nearest(model, graph.nodes, {INPUT: images}, config, placement, weights)
+    return model
+
+
+@torch.no_grad()
+def quantize_nodes_to_nearest(
+    model: QuantizedModel,
+    nodes: Sequence[Node],
+    values: dict[str, Tensor],
+    config: QuantizationConfig,
+    placement: Placement,
+    weights: dict[str, WeightRounding] | None = None,
+) -> None:
+    """What ``quantize_to_nearest`` does with the whole network, for neighbouring nodes.
+
+    Args:
+        model: its layers and quantizers among the nodes are changed.
+        nodes: of its graph, in order.
+        values: what the nodes read of others, from the float network; the first ``CALIBRATED_ON`` images are used.
+        config, placement, weights: as there.
+    """
+    graph = model.graph
     bits = bits_of_layers(graph, config)
     mark_bits = bits_of_marks(graph, bits, config)
-    weights = search_weights(graph, config) if weights is None else weights
 
     def quantize(part: ActivationQuantizer, value: Tensor, width: int) -> None:
         if width != FLOAT_BITS:
             part.quantize_activation(search_activation_grid(value, width), width, model.device)
 
-    def run(node: Node, values: list[Tensor]) -> Tensor:
+    def run(node: Node, read: list[Tensor]) -> Tensor:
         if node.op in LAYERS:
             layer = model.layers[node.name]
             weight_bits, activation_bits = bits[node.name]
             if weight_bits != FLOAT_BITS:
-                layer.weight, layer.weight_bits = copy.deepcopy(weights[node.name]), weight_bits
+                layer.weight_bits = weight_bits
+                if weights is None:
+                    grid = search_weight_grid(layer.float_weight, weight_bits)
+                    layer.weight = WeightRounding.nearest(layer.float_weight, grid)
+                else:
+                    layer.weight = copy.deepcopy(weights[node.name])
             if placement == "input":
-                quantize(layer, values[0], activation_bits)
+                quantize(layer, read[0], activation_bits)
         elif node.op == QUANTIZE:
-            quantize(model.quantizers[node.name], values[0], mark_bits[node.name])
-        return graph.run_node(node, values)
+            quantize(model.quantizers[node.name], read[0], mark_bits[node.name])
+        return graph.run_node(node, read)
 
-    evaluate_nodes(graph.nodes, {INPUT: images[:CALIBRATED_ON].to(model.device)}, run)
-    return model
+    start = {name: value[:CALIBRATED_ON].to(model.device) for name, value in values.items()}
+    evaluate_nodes(nodes, start, run)

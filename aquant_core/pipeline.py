@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aquant_core import checkpoint
-from aquant_core.capture_model import capture
-from aquant_core.config import QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError
+from aquant_core import checkpoint_torch
+from aquant_core.config import Method, QuantizationConfig
+from aquant_core.errors import DryRunError, NonFiniteError
 from aquant_core.evaluation import logits_of
-from aquant_core.finished_blocks import FinishedBlocks
-from aquant_core.fold import fold_batch_norm
-from aquant_core.forecast import forecast, together
+from aquant_core.export_onnx import write_onnx
+from aquant_core.finished_blocks import FinishedBlocks, words_of_widths
+from aquant_core.forecast import Forecast
 from aquant_core.graph import CapturedModel
-from aquant_core.images import ImageSet, Kind, check_images, check_values, read_images
+from aquant_core.images import ImageSet
 from aquant_core.measurements import clipped_shares, measure
-from aquant_core.methods import METHODS, PRESETS, Preset, settings_of
+from aquant_core.methods import METHODS, Preset
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
-from aquant_core.partition import partition
+from aquant_core.preparation import prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.report.commands import Sources
 from aquant_core.reporting import Calibrated, Outcome, report_of
 from aquant_core.resources import Resources
+from aquant_core.sensitivity import sensitivity
 from aquant_core.sequence import Run, reconstruct_blocks
-
-_HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
-"""Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
+from aquant_core.target import Task, search
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,14 @@ class QuantizationResult:
     report: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Writes the checkpoint (see ``aquant_core.checkpoint``); its size is noted in the report."""
+        """Writes the checkpoint (see docs/checkpoint.md); its size is noted in the report."""
         about = {key: self.report[key] for key in ("config", "seed", "protocol", "versions", "digests")}
-        checkpoint.save(self.model, path, about)
+        checkpoint_torch.save(self.model, path, about)
         self.report["size"]["checkpoint_bytes"] = Path(path).stat().st_size
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the network as ONNX (see ``aquant_core.write_onnx``)."""
+        write_onnx(self.model, path)
 
 
 def quantize(
@@ -83,6 +86,15 @@ def quantize(
         AQuantError: one of its subclasses, before any reconstruction.
         pydantic.ValidationError: ``config`` is a dict with a key or value that a ``QuantizationConfig`` does not take.
     """
+    if isinstance(config, dict):
+        config = QuantizationConfig.model_validate(config)
+    if config.dry_run:
+        raise DryRunError(
+            "dry_run asks for a forecast, and this would run.", "Call aquant_core.plan, or leave dry_run out."
+        )
+    if config.target is not None and resume_from is None:  # candidates take blocks from each other by way of files
+        with TemporaryDirectory(prefix="aquant-search-", dir=resources.folder if resources else None) as folder:
+            return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder)
     clock = _Clock()
 
     def tell(progress: Progress) -> None:
@@ -96,66 +108,61 @@ def quantize(
         _name(calibration, "CALIBRATION"),
         None if evaluation is None else _name(evaluation, "EVALUATION"),
     )
-    if isinstance(config, dict):
-        config = QuantizationConfig.model_validate(config)
-    calibration = _image_set(calibration, "calibration")
-    evaluation = None if evaluation is None else _image_set(evaluation, "evaluation")
-    captured = capture(model, config.architecture, calibration.images[:2])
-    warnings = check_images(captured, calibration, config, evaluation)
-    resources = resources or Resources()
-    graph = fold_batch_norm(captured).to(resources.device)
-    digests = {"model": captured.digest(), "calibration": calibration.digest()}
-    if evaluation is None:
-        calibration, evaluation = _hold_back(calibration)
-        warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
-    digests["evaluation"] = evaluation.digest()
-
-    preset = preset or PRESETS[config.preset]
-    if config.iterations is not None:
-        preset = replace(preset, iterations=config.iterations)
-    methods = [config.method, *config.compare]
-    schedules = {name: Schedule(settings_of(name, preset), preset, config.border) for name in methods}
-    graphs = {name: marked(graph, config, schedule.method) for name, schedule in schedules.items()}
-    blocks = {name: partition(marked_graph) for name, marked_graph in graphs.items()}
-    count = sum(block.has_parts for block in blocks[config.method])
-    learned = [name for name in methods if schedules[name].method.reconstruct]
-    forecasts = {
-        name: forecast(
-            graphs[name],
-            blocks[name],
-            calibration.images,
-            config,
-            schedules[name],
-            resources,
-            partial(tell, Progress("forecast", blocks=count, method=name)),
-            others=len(learned) - 1,
-        )
-        for name in learned
-    }
-    expected = together(list(forecasts.values())).document() if learned else None
-    tell(Progress("nearest", blocks=count, forecast=expected))
-    weights = search_weights(graph, config)
+    ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
+    preset, resources = ready.preset, ready.resources
+    captured, graph, graphs, blocks, count = ready.captured, ready.graph, ready.graphs, ready.blocks, ready.count
+    calibration, evaluation, digests, warnings = ready.calibration, ready.evaluation, ready.digests, ready.warnings
+    schedules, methods, learned = ready.schedules, list(ready.schedules), list(ready.forecasts)
+    forecasts, expected = ready.forecasts, ready.forecast
+    searching = config.target is not None
+    tell(Progress("search" if searching else "nearest", blocks=count, forecast=None if searching else expected))
     float_logits = logits_of(graph, evaluation.images, resources.device)
     if not float_logits.isfinite().all():
         raise NonFiniteError(
             "The float network gives NaN or infinity for some evaluation images.",
             "Check its weights, and the images' scaling.",
         )
+
+    def finished(name: Method, widths: QuantizationConfig) -> FinishedBlocks:
+        assert resume_from is not None
+        identity = _identity(digests, len(calibration), config, schedules[name])
+        words = words_of_widths(graphs[name], blocks[name], widths) if searching else None
+        return FinishedBlocks(Path(resume_from), identity, name, words)
+
+    chosen, target = config, None
+    if searching:
+        name = config.method
+        task = Task(
+            name,
+            graphs[name],
+            blocks[name],
+            schedules[name],
+            forecasts.get(name, Forecast()),
+            calibration.images,
+            evaluation,
+            float_logits,
+            resources,
+            partial(finished, name),
+        )
+        found = search(task, graph, config, tell)
+        chosen, target = found.config, found.document
+        expected = found.forecast.document() if learned else None
+        warnings += found.warnings
+    weights = search_weights(graph, chosen)
     models = {
-        name: quantize_to_nearest(graphs[name], calibration.images, config, schedules[name].method.placement, weights)
+        name: quantize_to_nearest(graphs[name], calibration.images, chosen, schedules[name].method.placement, weights)
         for name in methods
     }
     nearest = next((models[name] for name in methods if schedules[name].method.placement == "input"), None)
     if nearest is None:
         nearest_graph = marked(graph, config, METHODS["nearest"])
-        nearest = quantize_to_nearest(nearest_graph, calibration.images, config, weights=weights)
+        nearest = quantize_to_nearest(nearest_graph, calibration.images, chosen, weights=weights)
     nearest_logits = logits_of(nearest, evaluation.images, resources.device)
     del weights, nearest
     runs = {name: Run(name, models[name], blocks[name], schedules[name], forecasts[name]) for name in learned}
     if resume_from is not None:
         for name, run in runs.items():
-            identity = _identity(digests, len(calibration), config, run)
-            run.finished = FinishedBlocks(Path(resume_from), identity, name)
+            run.finished = finished(name, chosen)
     if runs:
         clock.enter("reconstruct")
         reconstruct_blocks(list(runs.values()), calibration.images, config.seed, resources, tell)
@@ -167,8 +174,23 @@ def quantize(
         for layer in quantized.layers.values():
             layer.a_rounding = schedules[name].method.a_rounding
         logits[name] = logits_of(quantized, evaluation.images, resources.device)
-    clock.enter("measure")
     main = models[config.method]
+    sensitivities = None
+    if config.sensitivity:
+        sensitivities = sensitivity(
+            graph,
+            chosen,
+            calibration.images,
+            schedules[config.method],
+            {"float": float_logits, "quantized": logits[config.method]},
+            evaluation.labels,
+            resources,
+            forecasts.get(config.method, Forecast()).placement,
+            lambda begun, tries: tell(
+                Progress("sensitivity", blocks=count, iteration=begun, iterations=tries, method=config.method)
+            ),
+        )
+    clock.enter("measure")
     report = report_of(
         Outcome(
             captured=captured,
@@ -188,6 +210,8 @@ def quantize(
             forecast=expected,
             digests=digests,
             warnings=warnings,
+            target=target,
+            sensitivity=sensitivities,
         )
     )
     return QuantizationResult(main, report | clock.document())
@@ -232,37 +256,18 @@ def _name(source: object, otherwise: str) -> str:
     return str(source) if isinstance(source, str | Path) else otherwise
 
 
-def _image_set(images: ImageSet | Tensor | str | Path, what: Kind) -> ImageSet:
-    if isinstance(images, str | Path):
-        return read_images(images, what)
-    if isinstance(images, Tensor):
-        images = ImageSet(images)
-    if not isinstance(images, ImageSet):
-        raise ImageSetError(
-            f"The {what} images are a {type(images).__name__}.",
-            "Give a tensor (N, C, H, W), an ImageSet, or the path of a file.",
-        )
-    check_values(images.images, what)
-    return images
+def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, schedule: Schedule) -> dict[str, Any]:
+    """What decides how a method's blocks come out; ``images`` are those not held back.
 
-
-def _identity(digests: dict[str, str], images: int, config: QuantizationConfig, run: Run) -> dict[str, Any]:
-    """What decides how a method's blocks come out; ``images`` are those not held back."""
+    In a search the layers' widths are part of the blocks' names instead, and what is wanted of the network is none of
+    the blocks' business: a search for another target takes them, too.
+    """
+    beside = {"method", "compare", "target", "sensitivity"} | ({"layers"} if config.target is not None else set())
     return {
         "digests": {name: digests[name] for name in ("model", "calibration")},
         "images": images,
-        "config": config.model_dump(mode="json", exclude={"method", "compare"}),
+        "config": config.model_dump(mode="json", exclude=beside),
         "protocol": config.resolved_protocol.model_dump(),
-        "preset": vars(run.schedule.preset),
-        "settings": vars(run.schedule.method),
+        "preset": vars(schedule.preset),
+        "settings": vars(schedule.method),
     }
-
-
-def _hold_back(calibration: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Splits off the last images, to measure on what was not learned from."""
-    count = max(min(len(calibration) // _HELD_BACK_SHARE, _HELD_BACK_AT_MOST), 1)
-    labels = calibration.labels
-    return (
-        ImageSet(calibration.images[:-count], None if labels is None else labels[:-count]),
-        ImageSet(calibration.images[-count:], None if labels is None else labels[-count:]),
-    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Stage = Literal["intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save"]
+Stage = Literal["intake", "capture", "forecast", "search", "nearest", "reconstruct", "evaluate", "sensitivity", "save"]
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Progress:
     Attributes:
         stage: the step of the pipeline under way.
         block: one-based number of the block under reconstruction, 0 outside ``reconstruct``.
-        blocks: number of blocks of the network.
-        iteration: step within the block.
-        iterations: steps per block.
+        blocks: number of blocks of the network, times the networks that a search for a target learns.
+        iteration: step within the block; in ``search`` and ``sensitivity`` the number of the layer's width on trial.
+        iterations: steps per block, or widths to be tried.
         loss: reconstruction loss of that step (Algorithm 1's MSE, without the regulariser).
         eta_seconds: estimated seconds until all blocks are done; None while unknown.
         method: the method under way; None while all of a run's are.

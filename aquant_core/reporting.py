@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aquant_core import checkpoint
+from aquant_core import checkpoint_torch
 from aquant_core.caveats import caveats
 from aquant_core.config import FLOAT_BITS, PROTOCOLS, Method, QuantizationConfig
 from aquant_core.evaluation import (
@@ -68,6 +68,7 @@ class Outcome:
         forecast: what the run was expected to take, or None where nothing is learned.
         digests: of model and images.
         warnings: from the checks before the run.
+        target, sensitivity: the report's keys, if they were asked for.
     """
 
     captured: CapturedModel
@@ -87,6 +88,8 @@ class Outcome:
     forecast: dict[str, Any] | None
     digests: dict[str, str]
     warnings: list[str]
+    target: dict[str, Any] | None = None
+    sensitivity: dict[str, Any] | None = None
 
 
 def report_of(run: Outcome) -> dict[str, Any]:
@@ -103,6 +106,8 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "comparison": [_comparison(method, run) for method in run.models],
         "differences": [] if labels is None else _differences(run, labels),
         "gap": _gap(run),
+        "target": run.target,
+        "sensitivity": run.sensitivity,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
         "measured_images": run.measurements.images,
         "blocks": [
@@ -113,10 +118,10 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "device": run.device,
         "layers": layers,
         "values": [_describe_value(main, name, run) for name in main.quantizers],
-        "size": _size(run.captured, main),
+        "size": size_of(run.captured, main),
         "operations": _operations(layers),
         "method": config.method,
-        "protocol": _protocol(config, main, run.settings),
+        "protocol": protocol_of(config, main, run.settings),
         "preset": vars(run.preset) | {"name": config.preset},
         "settings": vars(run.settings),
         "config": config.model_dump(mode="json"),
@@ -243,16 +248,18 @@ def _describe_input(name: str, run: Outcome) -> dict[str, Any]:
     return {key: seen.get(key) for key in keys} | {"clipped_share_calibration": run.calibrated.clipped_shares.get(name)}
 
 
-def _size(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
-    tensors = checkpoint.tensors_of(model)
-    border = [t for name, t in tensors.items() if name.endswith((".border", ".alpha"))]
+def size_of(captured: CapturedModel, model: QuantizedModel) -> dict[str, Any]:
+    """Bytes of the float network and of the quantized one's tensors, and the border's share of them."""
+    tensors = checkpoint_torch.tensors_of(model)
+    borders = [layer.border for layer in model.layers.values() if layer.border is not None]
+    parameters = sum(border.number_of_parameters() for border in borders)
     folded = sum(tensor.numel() for kinds in model.graph.weights.values() for tensor in kinds.values())
     return {
         "float_bytes": captured.float_bytes(),
-        "quantized_bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        "border_bytes": sum(t.numel() * t.element_size() for t in border),
-        "border_parameters": sum(t.numel() for t in border),
-        "border_share": round(sum(t.numel() for t in border) / folded, 6),
+        "quantized_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "border_bytes": sum(tensor.nbytes for border in borders for tensor in border.stored()[0].values()),
+        "border_parameters": parameters,
+        "border_share": round(parameters / folded, 6),
         "checkpoint_bytes": None,  # until it is written
     }
 
@@ -263,7 +270,7 @@ def _operations(layers: list[dict[str, Any]]) -> dict[str, int]:
     return totals | {"float_bit_operations": totals["macs"] * FLOAT_BITS**2}
 
 
-def _protocol(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
+def protocol_of(config: QuantizationConfig, model: QuantizedModel, method: MethodSettings) -> dict[str, Any]:
     """What published tables mix silently (see docs/method.md), as it was for this network."""
     switches = config.resolved_protocol.model_dump()
     if (shortcut := shortcut_of(model.graph)) is not None:

@@ -33,7 +33,7 @@ class IntegerModel:
         device: where it computes.
         dtype: of the values between layers; by default float16 on a GPU, float32 on a CPU. Activations beyond 65,504
             need float32.
-        layers: the packed layers by name.
+        layers: the packed layers by name; ``evaluated_because`` says why one has no thresholds.
     """
 
     def __init__(

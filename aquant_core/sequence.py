@@ -60,7 +60,7 @@ def reconstruct_blocks(runs: list[Run], images: Tensor, seed: int, resources: Re
         resources: device and folder.
         tell: told of every tenth iteration.
     """
-    float_values = _FloatValues(images, resources)
+    float_values = FloatValues(images, resources)
     clock = _Clock(sum(run.forecast.seconds for run in runs))
     sequences = [_Sequence(run, float_values, seed, tell, clock) for run in runs]
     for index, block in enumerate(runs[0].blocks):
@@ -72,7 +72,7 @@ def reconstruct_blocks(runs: list[Run], images: Tensor, seed: int, resources: Re
             sequence.go_through(index, shared, float_values.leave if last else lambda: None)
 
 
-class _FloatValues:
+class FloatValues:
     """What the float network makes of the images, before and behind the current block."""
 
     def __init__(self, images: Tensor, resources: Resources) -> None:
@@ -121,7 +121,7 @@ class _FloatValues:
 class _Sequence:
     """One method's noised values between two blocks, and what is done with them."""
 
-    def __init__(self, run: Run, float_values: _FloatValues, seed: int, tell: OnProgress, clock: _Clock) -> None:
+    def __init__(self, run: Run, float_values: FloatValues, seed: int, tell: OnProgress, clock: _Clock) -> None:
         self.run, self.float_values, self.seed, self.tell, self.clock = run, float_values, seed, tell, clock
         self.noised = float_values.clean
         self.resuming = run.finished is not None
@@ -163,7 +163,7 @@ class _Sequence:
         return_free_memory()
         units, steps = units_of(block, schedule.method), schedule.preset.iterations
         device = self.float_values.resources.device
-        generator = torch.Generator(device).manual_seed(_seed_of_block(self.seed, block.name))
+        generator = torch.Generator(device).manual_seed(seed_of_block(self.seed, block.name))
         curve = BlockHistory()
         for done, unit in enumerate(units):
             told = partial(self.tell_of, done * steps, len(units) * steps)
@@ -252,6 +252,6 @@ class _Clock:
         self._taken += taken
 
 
-def _seed_of_block(seed: int, name: str) -> int:
+def seed_of_block(seed: int, name: str) -> int:
     """A block's own seed, so that it does not depend on what other blocks drew."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

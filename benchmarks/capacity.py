@@ -107,7 +107,8 @@ def rows(first: int, count: int, owners: int) -> list[dict[str, Any]]:
     at = now()
     return [
         {
-            "id": f"{number:024d}", "state": JobState.QUEUED, "config": CONFIG, "owner": f"owner-{number % owners}",
+            "id": f"{number:024d}", "state": JobState.QUEUED, "config": CONFIG,
+            "owner": f"owner-{number % owners}" if owners > 1 else None,
             "created_at": at + timedelta(microseconds=number), "attempt": 0,
         }
         for number in range(first, first + count)

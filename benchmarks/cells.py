@@ -19,7 +19,7 @@ import torch
 from record import command, commit, device_name, write
 
 import aquant_core
-from aquant_core.config import QuantizationConfig
+from aquant_core.config import BorderConfig, QuantizationConfig
 from aquant_core.evaluation import logits_of
 from aquant_core.methods import PRESETS, Preset, settings_of
 
@@ -68,7 +68,7 @@ class Cell:
             activation_bits=activation_bits,
             preset=self.preset,
             seed=self.seed,
-            **self.config,
+            **{"sensitivity": False, **self.config},
         )
 
 
@@ -111,7 +111,7 @@ def is_current(cell: Cell, result: dict[str, Any]) -> bool:
     return (
         result["settings"] == vars(settings)
         and rates.items() <= result["preset"].items()
-        and (not settings.border or result["border"] == config.border.model_dump())
+        and (not settings.border or BorderConfig(**result["border"]) == config.border)
     )
 
 

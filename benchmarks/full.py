@@ -42,6 +42,7 @@ def main() -> None:
         activation_bits=options.bits,
         preset=options.preset,
         iterations=options.iterations,
+        sensitivity=False,
     )
     example = EXAMPLES / f"{options.network}.onnx"
     if example.exists():

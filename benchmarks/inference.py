@@ -94,7 +94,7 @@ def with_border(model: QuantizedModel, border: BorderConfig | None) -> Quantized
         assert layer.border is not None
         with torch.no_grad():
             layer.border.coefficients.normal_(0, BORDER_SPREAD, generator=generator)
-        layer.border.round_to_stored_type()
+        layer.border.round_to_stored()
     return model
 
 

@@ -71,7 +71,7 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
     model = build(network).eval()
     images = torch.randn(options.images, 3, SIZE, SIZE, generator=generator)
     config = aquant_core.QuantizationConfig(
-        weight_bits=options.bits, activation_bits=options.bits, iterations=options.iterations
+        weight_bits=options.bits, activation_bits=options.bits, iterations=options.iterations, sensitivity=False
     )
     with tempfile.TemporaryDirectory() as folder:
         memory = None if options.child == "ample" else 0

@@ -24,7 +24,7 @@ from typing import Any
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "fashion_mnist"
 RESULTS = Path(__file__).parent / "results" / "resume.json"
-CONFIG = {"weight_bits": 2, "activation_bits": 2, "iterations": 20}
+CONFIG = {"weight_bits": 2, "activation_bits": 2, "iterations": 20, "sensitivity": False}
 IMAGES = 128
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cupy_kernels.specification import BorderSpecification, Window
-from cupy_kernels.thresholds import derive, has_thresholds
+from cupy_kernels.thresholds import NoThresholdsError, derive
 
 Route = Literal["reference", "columns", "implicit", "depthwise"]
 """Who computes: plain torch; im2col and a library's matrix product; the implicit GEMM; the depthwise kernel."""
@@ -44,6 +44,7 @@ class PackedLayer:
         weight: by ``route``: the reference's; (G, O/G padded, C/G K padded); fragments; (K, C).
         multiplier, bias: (O,) fp32.
         constant, correction: (O,) int32, the bracket above and d_w; correction is None where d_w is 0 everywhere.
+        evaluated_because: why there are no thresholds, None where there are.
     """
 
     route: Route
@@ -61,6 +62,7 @@ class PackedLayer:
     bias: Tensor
     constant: Tensor
     correction: Tensor | None
+    evaluated_because: str | None = None
 
     @property
     def out_channels(self) -> int:
@@ -129,12 +131,17 @@ def pack(
     d, d_w = offset - spec.zero_point, weight_offset - zero_points
     constant = d * stored.flatten(1).sum(1, dtype=torch.int32) + slots * d * d_w
     correction = d_w if bool(d_w.any()) else None
-    thresholds = None
-    # For fp16 alone, where they equal direct evaluation.
-    if route != "reference" and dtype == torch.float16:
-        rising = torch.zeros(2, 4, 1, device=scale.device) if border is None else border
-        if has_thresholds(rising, spec):
+    thresholds = evaluated_because = None
+    if route == "reference":
+        evaluated_because = "plain torch evaluates borders"
+    elif dtype != torch.float16:
+        evaluated_because = "thresholds equal evaluation over fp16 inputs alone"
+    else:
+        try:
+            rising = torch.zeros(2, 4, 1, device=scale.device) if border is None else border
             thresholds = _by_fours(derive(rising, scale, spec, dtype))
+        except NoThresholdsError as error:
+            evaluated_because = str(error)
     if route == "reference":
         weight = (whole - zero_points.view(-1, 1, 1, 1)).to(torch.int16)
     else:
@@ -144,6 +151,7 @@ def pack(
     return PackedLayer(
         route, codes.shape[1] * groups, window, groups, spec, offset, scale, border, alpha, thresholds, weight,
         weight_scale * scale, torch.zeros_like(weight_scale) if bias is None else bias.float(), constant, correction,
+        evaluated_because,
     )  # fmt: skip
 
 

@@ -25,55 +25,122 @@ that fp32's t - B does not tell apart.
 """
 
 
+NEIGHBOURS = 16
+"""Values on either side of a threshold whose codes are checked; rounding reaches no further (fp16)."""
+
+
+class NoThresholdsError(ValueError):
+    """No thresholds stand for a border: it is to be evaluated. The message says why, and for which position."""
+
+
 def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
-    """Whether thresholds can stand for the border: no fusion, up to 4 bits, dB/dt below 1 everywhere, and none of them
-    next to x = 0.
+    """Whether ``check_thresholds`` finds nothing."""
+    try:
+        check_thresholds(border, spec)
+    except NoThresholdsError:
+        return False
+    return True
+
+
+def check_thresholds(border: Tensor, spec: BorderSpecification) -> None:
+    """Whether thresholds can stand for the border of every position: no fusion, up to 4 bits, dB/dt below 1 everywhere,
+    and no threshold next to x = 0.
 
     Args:
         border: (P, C, K).
         spec: bits, zero-point and the border's switches.
+
+    Raises:
+        NoThresholdsError: they cannot.
     """
-    if spec.fused or spec.levels > MOST_LEVELS:
-        return False
+    if spec.fused:
+        raise NoThresholdsError("with fusion channel_mean a border depends on its whole window")
+    if spec.levels > MOST_LEVELS:
+        raise NoThresholdsError(f"codes up to {spec.levels} would take as many thresholds; {MOST_LEVELS} are the most")
     b0, b1, b2 = border[0], border[1], border[2] if len(border) == 3 else torch.zeros_like(border[1])
     slope = torch.maximum(b1, b1 + 2 * b2).clamp(min=0)  # of v in u, greatest at an end of [0, 1]
     steepest = 1.0 if spec.bound == "clip" else SCALE_OF_BOUND / 4
+    slope = slope * (steepest / spec.levels)  # of B in t, at most
+    _refuse(~(slope < STEEPEST), slope, "may rise with dB/dt = {:.4g}, {} is the most")
     u = spec.zero_point / spec.levels
     v = (b2 * u + b1) * u + b0
     e = bounded_shift(v, spec)
     closest = e.abs() if spec.zero_point else -e  # with z = 0 no threshold is negative
     apart = (closest <= 0.5 - NEAREST_TO_ZERO) | (e == bounded_shift(0.99 * v, spec))
-    return bool(((slope * (steepest / spec.levels) < STEEPEST) & apart).all())
+    _refuse(~apart, e + 0.5, "is B = {:.4g} at x = 0, too close to an integer for fp32")
+
+
+def _refuse(wrong: Tensor, values: Tensor, what: str) -> None:
+    """Names the first of the (C, K) borders that are wrong, by its value."""
+    if bool(wrong.any()):
+        channel, position = (int(index) for index in wrong.nonzero()[0])
+        raise NoThresholdsError(
+            f"the border of channel {channel} at position {position} "
+            f"{what.format(float(values[channel, position]), STEEPEST)} ({int(wrong.sum())} of {wrong.numel()} like it)"
+        )
 
 
 def derive(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torch.dtype) -> Tensor:
     """Thresholds by position, level and channel: the largest x whose code is at most the level.
 
     Args:
-        border: (P, C, K), for which ``has_thresholds``.
+        border: (P, C, K).
         scale: s, scalar tensor.
         spec: as above.
         dtype: of x: float16 or float32.
 
     Returns:
         (K, 2^M - 1, C) of ``dtype``; the code of x is how many of a channel's it exceeds.
+
+    Raises:
+        NoThresholdsError: there are none that give every value its code (fp16), or see ``check_thresholds``.
     """
-    integers = torch.int16 if dtype == torch.float16 else torch.int32
+    check_thresholds(border, spec)
+    found = search(border, scale, spec, dtype)
+    if dtype == torch.float16:
+        beside = _neighbours(found)  # (K, Q, 2 n + 1, C)
+        above = codes_of(beside, border, scale, spec) > _levels(spec, border.device)[..., None]
+        wrong = (above != (beside > found[:, :, None])).any(2)  # (K, Q, C)
+        _refuse(wrong.any(1).t(), found[:, 0].t(), "has another code than its threshold {:.4g} tells, beside it")
+    return found
+
+
+def search(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torch.dtype) -> Tensor:
+    """``derive`` without its checks: what comes out tells codes only where they rise with x."""
+    integers = _integers(dtype)
     infinity = torch.tensor(torch.inf, dtype=dtype, device=border.device).view(integers).to(torch.int64)
     _, channels, positions = border.shape
-    level = torch.arange(spec.levels, device=border.device)[:, None]  # (Q, 1)
+    level = _levels(spec, border.device)  # (Q, 1)
     # Signed distances from 0 in units in the last place: low has a code of at most the level, high a greater one.
     low = (-infinity).expand(positions, spec.levels, channels).clone()
     high = -low
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        above = codes_of(_values(middle, dtype, integers), border, scale, spec) > level
+        above = codes_of(_values(middle, dtype), border, scale, spec) > level
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return _values(low, dtype, integers)
+    return _values(low, dtype)
 
 
-def _values(distances: Tensor, dtype: torch.dtype, integers: torch.dtype) -> Tensor:
-    return torch.where(distances < 0, -1.0, 1.0).to(dtype) * distances.abs().to(integers).view(dtype)
+def _levels(spec: BorderSpecification, device: torch.device) -> Tensor:
+    return torch.arange(spec.levels, device=device)[:, None]
+
+
+def _integers(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype == torch.float16 else torch.int32
+
+
+def _neighbours(thresholds: Tensor) -> Tensor:
+    """(K, Q, 2 n + 1, C): each of (K, Q, C) finite or infinite values between its ``NEIGHBOURS``."""
+    dtype, integers = thresholds.dtype, _integers(thresholds.dtype)
+    distances = thresholds.abs().view(integers).to(torch.int64) * torch.where(thresholds < 0, -1, 1)
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(integers))
+    steps = torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=thresholds.device)[:, None]  # (2 n + 1, 1)
+    return _values((distances[:, :, None] + steps).clamp(-infinity, infinity), dtype)
+
+
+def _values(distances: Tensor, dtype: torch.dtype) -> Tensor:
+    """The floating point numbers at signed distances from 0 in units in the last place."""
+    return torch.where(distances < 0, -1.0, 1.0).to(dtype) * distances.abs().to(_integers(dtype)).view(dtype)
 
 
 def codes_of(x: Tensor, border: Tensor, scale: Tensor, spec: BorderSpecification) -> Tensor:

@@ -107,6 +107,9 @@ def _linked(status: str, description: str) -> str:
 def _schema(schema: Document) -> Iterator[str]:
     if "description" in schema:
         yield from (" ".join(schema["description"].split()), "")
+    needed = [_words(entry["required"]) for entry in schema.get("anyOf", []) if "required" in entry]
+    if needed:
+        yield from (f"Needs {'; or '.join(needed)}.", "")
     if "enum" in schema:
         yield f"One of {_words(schema['enum'])}."
     elif "properties" in schema:

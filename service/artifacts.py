@@ -7,12 +7,10 @@ import hashlib
 import io
 import logging
 import os
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -20,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
+
+from service.s3 import BucketNotMadeError, UnsupportedStoreError, create_bucket, error_code, open_bucket
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,12 +31,8 @@ CHUNK_BYTES = 5 * 1024 * 1024
 READ_BYTES = 4 * 1024 * 1024
 """Piece of a streamed read: a request of its own, so that no reader is too slow for a request's time limit."""
 
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-"""Variables that name an S3 server other than Amazon's."""
-
-
-class UnsupportedStoreError(ValueError):
-    """The artifact store's URL, or that of its server, is of a kind this version does not serve."""
+UPLOADS = "uploads/"
+"""Where resumable uploads are kept; each is of one owner, and may be of several jobs."""
 
 
 class ArtifactsDownError(Exception):
@@ -188,9 +184,22 @@ class Artifacts(ABC):
         except ArtifactsDownError as error:
             log.warning("%d objects stay in the store: %s", len(keys), error)
 
+    def try_out(self, prefix: str) -> None:
+        """Write a small object under ``prefix``, read it and remove it: a server that has just started may list what
+        it has before it does any of that."""
+        key = f"{prefix}trial"
+        with self._answering():
+            obstore.put(self._store, key, b"trial")
+            obstore.get(self._store, key).bytes()
+            obstore.delete(self._store, key)
+
     @abstractmethod
     def check(self) -> None:
-        """Raise ArtifactsDownError if the store cannot be used."""
+        """Raise ArtifactsDownError if the store cannot be used, as far as that is seen by listing what is in it."""
+
+    @abstractmethod
+    def create(self) -> None:
+        """Make what holds the artifacts, unless it is there already; raises as :meth:`check` does."""
 
     @abstractmethod
     def folders(self, prefix: str) -> list[str]:
@@ -235,6 +244,9 @@ class ArtifactFolder(Artifacts):
         if not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
             raise self._down("it is not there, or this process may not write to it")
 
+    def create(self) -> None:
+        self.check()
+
     def folders(self, prefix: str) -> list[str]:
         parent = self._root / prefix
         return sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
@@ -259,7 +271,8 @@ class ArtifactFolder(Artifacts):
 
 
 class ArtifactBucket(Artifacts):
-    """Artifacts under a prefix of an S3 bucket; credentials, region and endpoint come from AWS_* variables.
+    """Artifacts under a prefix of an S3 bucket; credentials, region and endpoint come from AWS_* variables, of which
+    AWS_SHARED_CREDENTIALS_FILE names a file with the keys.
 
     A write that raises is taken back; the pieces of one whose process died stay with the server, invisible,
     until a lifecycle rule removes them.
@@ -271,26 +284,21 @@ class ArtifactBucket(Artifacts):
     )
 
     def __init__(self, url: str) -> None:
-        for name in ENDPOINTS:
-            endpoint = urlsplit(os.environ.get(name, "https://unset"))
-            if endpoint.scheme not in ("http", "https") or not endpoint.netloc:
-                raise UnsupportedStoreError(
-                    f"{name} is {os.environ[name]!r}. Set it to the S3 server's address, for example http://s3:9000."
-                )
-        store = S3Store.from_url(
-            url,
-            client_options={
-                "allow_http": True,
-                "connect_timeout": timedelta(seconds=5),
-                "timeout": timedelta(minutes=1),
-            },
-            # Short, because a request of the API waits meanwhile; a worker waits longer by itself.
-            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=20)},
-        )
-        super().__init__(store, url)
+        super().__init__(open_bucket(url), url)
 
     def check(self) -> None:
         self.folders("")
+
+    def create(self) -> None:
+        try:
+            self.check()
+        except ArtifactsDownError as error:
+            if "NoSuchBucket" not in str(error):
+                raise
+            try:
+                create_bucket(self._url)
+            except BucketNotMadeError as refusal:
+                raise self._down(f"its bucket is not there and cannot be made: {refusal}") from refusal
 
     def folders(self, prefix: str) -> list[str]:
         with self._answering():
@@ -346,8 +354,7 @@ class _RangeReader(io.RawIOBase):
 def _reason(error: BaseError) -> str:
     """What went wrong, without the traces that the store's library appends and the XML that the server sends."""
     text = str(error).partition("\n\nDebug source")[0]
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    return (text.partition("<?xml")[0] + (code[1] if code else "")).strip().rstrip(":.")
+    return (text.partition("<?xml")[0] + error_code(text)).strip().rstrip(":.")
 
 
 def job_prefix(job_id: str) -> str:
@@ -362,4 +369,4 @@ def blocks_prefix(job_id: str) -> str:
 
 def upload_prefix(place: str) -> str:
     """Where everything of one resumable upload is kept."""
-    return f"uploads/{place}/"
+    return f"{UPLOADS}{place}/"

@@ -7,10 +7,11 @@ import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aquant_core.config import read_configuration
 from service.administration import keys, owners
 from service.jobs.states import Device
 
@@ -72,9 +73,38 @@ def up(
 
 
 @app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date, and make the S3 bucket if it is missing."""
+    try:
+        from service.artifacts import ArtifactsDownError, open_artifacts
+        from service.jobs import database
+        from service.s3 import UnsupportedStoreError
+    except ImportError as error:
+        typer.echo(f"`aquant migrate` needs {error.name}: pip install 'aquant-service[server]'.", err=True)
+        raise typer.Exit(1) from error
+    from service.settings import Settings
+
+    settings = Settings()
+    try:
+        database.migrate(settings)
+        open_artifacts(settings.artifacts).create()
+    except (
+        database.DatabaseUnusableError,
+        database.UnsupportedDatabaseError,
+        ArtifactsDownError,
+        UnsupportedStoreError,
+    ) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo("The database's schema is up to date, and the artifact store is there.")
+
+
+@app.command()
 def submit(
     model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy or .safetensors.")],
+    calibration: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
+    ],
     weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
     evaluation: Annotated[
@@ -85,7 +115,7 @@ def submit(
     architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file; options go over it.")
+        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
     ] = None,
     device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
@@ -101,8 +131,12 @@ def submit(
         "architecture": architecture,
         "seed": seed,
     }
+    try:
+        configuration = read_configuration(config, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error
     with _client(url, key) as client:
-        job = client.submit(model, calibration, _configuration(config, options), evaluation, device)
+        job = client.submit(model, calibration, configuration, evaluation, device)
         typer.echo(job.id)
         if watch:
             _follow(client, job.id)
@@ -151,16 +185,20 @@ def report(
 @app.command()
 def download(
     job_id: JobId,
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="File to write.")] = Path(
-        "quantized.safetensors"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", dir_okay=False, help="File to write (default quantized.safetensors or .onnx)."),
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="The network as ONNX, not the checkpoint.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
-    """Fetch the checkpoint of a job that succeeded."""
+    """Fetch the checkpoint of a job that succeeded, or its ONNX."""
+    output = output or Path("quantized.onnx" if onnx else "quantized.safetensors")
     with _client(url, key) as client:
         try:
-            typer.echo(f"{output}  sha256 {client.download(job_id, output)}")
+            digest = client.download(job_id, output, "onnx" if onnx else "checkpoint")
+            typer.echo(f"{output}  sha256 {digest}")
         except OSError as error:
             raise typer.BadParameter(f"{output} cannot be written: {error.strerror}", param_hint="--output") from error
 
@@ -213,19 +251,6 @@ def _client(url: str, key: str | None) -> Client:
     from service.client import Client
 
     return Client(url, key=key)
-
-
-def _configuration(path: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    configuration: dict[str, Any] = {}
-    if path is not None:
-        try:
-            configuration = json.loads(path.read_text())
-        except ValueError as error:
-            raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--config") from error
-        if not isinstance(configuration, dict):
-            kind = type(configuration).__name__
-            raise typer.BadParameter(f"{path} holds a {kind}, not an object", param_hint="--config")
-    return configuration | {name: value for name, value in options.items() if value is not None}
 
 
 def _follow(client: Client, job_id: str) -> None:

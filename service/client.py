@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import httpx
 
@@ -147,8 +147,8 @@ class Client:
         """The same as one self-contained HTML page."""
         return self._send("GET", f"/jobs/{job_id}/report", headers={"Accept": "text/html"}).text
 
-    def download(self, job_id: str, target: Path) -> str:
-        """Fetch the checkpoint of a job that succeeded to ``target``; its sha256 in hex.
+    def download(self, job_id: str, target: Path, what: Literal["checkpoint", "onnx"] = "checkpoint") -> str:
+        """Fetch the checkpoint of a job that succeeded, or its ONNX, to ``target``; its sha256 in hex.
 
         Raises:
             DigestMismatchError: the bytes are not those the service has; ``target`` is left as it was.
@@ -156,14 +156,14 @@ class Client:
         digest = hashlib.sha256()
         part = target.with_name(target.name + ".part")
         try:
-            with self._stream(f"/jobs/{job_id}/checkpoint") as response, part.open("wb") as file:
+            with self._stream(f"/jobs/{job_id}/{what}") as response, part.open("wb") as file:
                 expected = response.headers["etag"].strip('"')
                 for chunk in response.iter_bytes():
                     digest.update(chunk)
                     file.write(chunk)
             if digest.hexdigest() != expected:
                 raise DigestMismatchError(
-                    f"The checkpoint of job {job_id} arrived with the sha256 {digest.hexdigest()}, "
+                    f"The {what} of job {job_id} arrived with the sha256 {digest.hexdigest()}, "
                     f"not {expected}. Download it again."
                 )
             part.replace(target)

@@ -1,4 +1,4 @@
-"""Everything about a deployment that can be set from outside, by AQUANT_* environment variables."""
+"""Everything about a deployment that can be set from outside, by AQUANT_* environment variables or in files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, AliasChoices, DirectoryPath, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -33,6 +33,10 @@ class Settings(BaseSettings):
         env_prefix="AQUANT_", frozen=True, populate_by_name=True, extra="ignore", env_ignore_empty=True
     )
 
+    secrets_dir: Annotated[
+        DirectoryPath | None,
+        Field(description="Folder of files that hold what no variable says, each named as its variable is."),
+    ] = None
     data_dir: Annotated[
         Path, Field(description="Folder of working files and logs, and of what has no address of its own below.")
     ] = Path("data")
@@ -166,3 +170,21 @@ class Settings(BaseSettings):
     def work_dir(self) -> Path:
         """Folder of the running jobs' working files."""
         return self.data_dir.resolve() / "work"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, variables, then the files of ``secrets_dir``."""
+        folder = (env_settings() | init_settings()).get("secrets_dir")
+        if folder is not None and Path(folder).is_dir():  # what is none is refused with the other values
+            assert isinstance(file_secret_settings, SecretsSettingsSource)
+            file_secret_settings.secrets_dir = folder
+        return super().settings_customise_sources(
+            settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
+        )

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import servers
+from hypothesis import settings
 from servers import Storage
+
+settings.register_profile("long", max_examples=5_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,7 +19,8 @@ from service.jobs.records import JobRecord
 from service.jobs.schemas import Problem
 from service.settings import Settings
 from worker import sandbox
-from worker.intake import CALIBRATION, CAPTURED, EVALUATION, Request
+from worker.confinement import CALLS, FILES, PRIVILEGES
+from worker.intake import CALIBRATION, CAPTURED, EVALUATION, MESSAGES, Request
 from worker.lease import JobStopError, Lease
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
 
     def on_line(line: str) -> None:
         message = _read_message(line)
+        if not messages and isinstance(confined := message.get("confined"), list):
+            _tell_confinement(job.id, [str(name) for name in confined])
         messages.update(message)
         if message.get("stage") == "capture":
             try:
@@ -86,7 +89,8 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
             except JobStopError:
                 return  # should_stop sees it too, and ends the child
 
-    argv = [sys.executable, "-m", "worker.intake", str(path)]
+    # Safe path: what lies in the folder is not to be imported.
+    argv = [sys.executable, "-P", "-m", "worker.intake", str(path)]
     outcome = sandbox.run(argv, folder, limits, on_line, lambda: lease.stopping)
     lease.check()
     if outcome.returncode == 0 and "warnings" in messages:
@@ -101,6 +105,17 @@ def admit(job: JobRecord, lease: Lease, folder: Path, artifacts: Artifacts, sett
         kind = IntakeLostError if messages.get("lost") is True else IntakeFailedError
         raise kind(Problem.model_validate(messages["problem"]))
     raise _judge(outcome, limits)
+
+
+def _tell_confinement(job_id: str, inside: list[str]) -> None:
+    log.info("job %s: the intake is confined in its %s", job_id, ", ".join(inside))
+    missing = [name for name in (FILES, CALLS, PRIVILEGES) if name not in inside]
+    if missing:
+        log.warning(
+            "job %s: this kernel or container does not confine the intake in its %s; uploads are read all the same",
+            job_id,
+            ", ".join(missing),
+        )
 
 
 def _judge(outcome: sandbox.Outcome, limits: sandbox.Limits) -> IntakeFailedError:
@@ -132,9 +147,9 @@ def _judge(outcome: sandbox.Outcome, limits: sandbox.Limits) -> IntakeFailedErro
 
 
 def _read_message(line: str) -> dict[str, Any]:
-    """The child is not to be trusted once it has read an upload: what is no message is dropped."""
+    """The child is not to be trusted once it has read an upload: what is no message of its kind is dropped."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return message if isinstance(message, dict) else {}
+    return {key: message[key] for key in MESSAGES if key in message} if isinstance(message, dict) else {}

@@ -9,10 +9,11 @@ from typing import Any
 from celery.signals import celeryd_init, setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
 from celery.utils.log import get_multiprocessing_logger
 
-from service.artifacts import ArtifactsDownError, UnsupportedStoreError, open_artifacts
+from service.artifacts import ArtifactsDownError, open_artifacts
 from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
 from service.jobs.queue import make_celery, queue_of
 from service.logs import set_up_logging
+from service.s3 import UnsupportedStoreError
 from service.settings import Settings
 from service.tracing import require
 from worker.presence import Presence

@@ -1,8 +1,9 @@
 """Child process (`python -m worker.intake REQUEST`): makes uploads a captured model and checked image sets.
 
 It runs in the sandbox and is the only place where uploads are parsed. What it says goes to standard output as
-one JSON object a line: ``{"stage": ...}`` as it goes along, and at the end ``{"warnings": [...]}`` or
-``{"problem": {...}}``, with ``"lost": true`` where another attempt may do better.
+one JSON object a line: ``{"confined": [...]}`` before it reads a byte of them, ``{"stage": ...}`` as it goes along,
+and at the end ``{"warnings": [...]}`` or ``{"problem": {...}}``, with ``"lost": true`` where another attempt may do
+better.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pydantic import BaseModel
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from service.jobs.schemas import Problem
-from worker.sandbox import Limits, confine
+from worker.confinement import confine
+from worker.sandbox import Limits
 from worker.workplace import DISK_FULL, disk_is_full
 
 CAPTURED = "captured.safetensors"
 CALIBRATION = "calibration.images.safetensors"
 EVALUATION = "evaluation.images.safetensors"
+MESSAGES = ("confined", "stage", "warnings", "problem", "lost")
+"""The keys of what it says."""
 
 
 class Request(BaseModel):
@@ -46,8 +50,9 @@ def take_in(request: Request, folder: Path) -> list[str]:
     from aquant_core.capture_model import capture
     from aquant_core.images import check_images, read_images
 
-    calibration = read_images(request.calibration, what="calibration")
-    evaluation = None if request.evaluation is None else read_images(request.evaluation, what="evaluation")
+    preprocess = request.config.preprocess
+    calibration = read_images(request.calibration, "calibration", preprocess)
+    evaluation = None if request.evaluation is None else read_images(request.evaluation, "evaluation", preprocess)
     _say(stage="capture")
     captured = capture(request.model, request.config.architecture, calibration.images[:2])
     warnings = check_images(captured, calibration, request.config, evaluation)
@@ -61,9 +66,10 @@ def take_in(request: Request, folder: Path) -> list[str]:
 def main(path: str) -> int:
     """Do one request; 0 if the upload is sound, 1 if not."""
     request = Request.model_validate_json(Path(path).read_bytes())
-    confine(request.limits, request.parent)
+    folder = Path(path).parent
+    _say(confined=confine(request.limits, request.parent, folder))
     try:
-        _say(warnings=take_in(request, Path(path).parent))
+        _say(warnings=take_in(request, folder))
     except AQuantError as error:
         problem = Problem.of_job(error.code, error.detail, error.remedy)
     except MemoryError:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session, sessionmaker
 
+from aquant_core.errors import AQuantError
 from service.artifacts import Artifacts, job_prefix
-from service.jobs.records import ArtifactRecord
+from service.jobs.records import ONNX_PROBLEM, ArtifactRecord
 from service.jobs.repository import Claim, JobRepository
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 if TYPE_CHECKING:
@@ -26,32 +28,65 @@ def publish(
     artifacts: Artifacts,
     sessions: sessionmaker[Session],
 ) -> JobState | None:
-    """Store report and checkpoint and end the job; its last state, or None where the claim was lost.
+    """Store report, checkpoint and ONNX and end the job; its last state, or None where the claim was lost.
 
     The keys hold the attempt's number, so that an outlived worker cannot write over its successor's files;
     where the commit does not make the files the job's, they are deleted again.
     """
     checkpoint = folder / "quantized.safetensors"
-    report = folder / "report.json"
     result.save(checkpoint)
-    document = {
-        **result.report,
-        "warnings": list(dict.fromkeys([*warnings, *result.report.get("warnings", [])])),
-    }
-    report.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
+    name, exported = _export(result, folder)
+    report = _write_report(result.report, warnings, folder)
+    files = {"report": report, "checkpoint": checkpoint, name: exported}
+    return _finish(claim, "save", files, artifacts, sessions)
+
+
+def publish_plan(
+    claim: Claim,
+    document: dict[str, Any],
+    warnings: list[str],
+    folder: Path,
+    artifacts: Artifacts,
+    sessions: sessionmaker[Session],
+) -> JobState | None:
+    """The same for a dry run, whose report is all it has."""
+    files = {"report": _write_report(document, warnings, folder)}
+    return _finish(claim, "forecast", files, artifacts, sessions)
+
+
+def _write_report(document: dict[str, Any], warnings: list[str], folder: Path) -> Path:
+    path = folder / "report.json"
+    document = {**document, "warnings": list(dict.fromkeys([*warnings, *document.get("warnings", [])]))}
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
+    return path
+
+
+def _finish(
+    claim: Claim, stage: str, files: dict[str, Path], artifacts: Artifacts, sessions: sessionmaker[Session]
+) -> JobState | None:
     prefix = f"{job_prefix(claim.job_id)}attempt-{claim.attempt}/"
     state = None
     try:
-        files = [
-            _record(claim, name, artifacts, prefix, path)
-            for name, path in (("report", report), ("checkpoint", checkpoint))
-        ]
+        records = [_record(claim, name, artifacts, prefix, path) for name, path in files.items()]
         with sessions.begin() as session:
-            state = JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=files)
+            state = JobRepository(session).finish(claim, JobState.SUCCEEDED, stage, artifacts=records)
     finally:
         if state != JobState.SUCCEEDED:
             artifacts.discard(prefix)
     return state
+
+
+def _export(result: QuantizationResult, folder: Path) -> tuple[str, Path]:
+    """The network as ONNX; where it cannot be, the problem that says why, which is no reason for the job to fail."""
+    path = folder / "quantized.onnx"
+    try:
+        result.export_onnx(path)
+    except AQuantError as error:
+        problem = Problem.of_job(error.code, error.detail, error.remedy)
+        path = folder / "onnx-problem.json"
+        path.write_text(problem.model_dump_json())
+        return ONNX_PROBLEM, path
+    return "onnx", path
 
 
 def _record(claim: Claim, name: str, artifacts: Artifacts, prefix: str, path: Path) -> ArtifactRecord:

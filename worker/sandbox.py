@@ -1,11 +1,9 @@
-"""Runs a program that reads untrusted files: a child with hard limits, a bare environment and a watch."""
+"""Runs a program that reads untrusted files: a child with a bare environment, under a watch (see ``confinement``)."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
 import signal
 import subprocess
 import threading
@@ -32,9 +30,6 @@ _KEPT_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
 )
-
-_PR_SET_PDEATHSIG = 1
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,17 @@ def run(
     on_line: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> Outcome:
-    """Run a child in ``folder`` to its end; it must call :func:`confine` before it touches an untrusted byte.
+    """Run a child in ``folder`` to its end; it must call ``confinement.confine`` before it touches an untrusted byte.
 
     ``on_line`` is called from another thread with each line of its standard output.
     """
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    environment |= {"HOME": str(folder), "TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "CUDA_VISIBLE_DEVICES": "",
+        "ORT_DISABLE_TELEMETRY": "1",
+    }
     child = subprocess.Popen(
         argv,
         cwd=folder,
@@ -115,28 +115,6 @@ def run(
         child.stdout.close()
         child.stderr.close()
     return Outcome(child.returncode, timed_out, stopped, tail.decode("utf-8", "replace"))
-
-
-def confine(limits: Limits, parent: int) -> None:
-    """Called by the child first of all: limits that cannot be raised, no network, no life without parent."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the parent is gone")
-    # Best effort: without the right to, the network stays; nothing that is read here asks for it.
-    if libc.unshare(_CLONE_NEWNET) != 0:
-        libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-    for what, amount in (
-        # DATA, not AS: libraries reserve address space by the tens of GiB that they never touch.
-        (resource.RLIMIT_DATA, limits.memory_bytes),
-        (resource.RLIMIT_CPU, limits.cpu_seconds),
-        (resource.RLIMIT_FSIZE, limits.file_bytes),
-        (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(what)[1]
-        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(what, (amount, amount))
 
 
 def _read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:

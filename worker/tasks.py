@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
-from service.artifacts import ArtifactsDownError, blocks_prefix, open_artifacts
+from service.artifacts import ArtifactsDownError, blocks_prefix, job_prefix, open_artifacts
 from service.jobs.announcement import announce
 from service.jobs.database import DATABASE_DOWN, open_database
 from service.jobs.queue import RUN_JOB, JobQueue, QueueDownError
@@ -36,7 +36,7 @@ from worker.celery_app import app, settings
 from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpected
 from worker.lease import JobStopError, Lease, LeaseLostError
 from worker.presence import worker_name
-from worker.reporting import publish
+from worker.reporting import publish, publish_plan
 from worker.steps import BlockEnd, Steps
 from worker.workplace import DISK_FULL, disk_is_full, workplace
 
@@ -150,7 +150,7 @@ class JobRunner:
         blocks = BlockStore(job.id, folder / "blocks", self._artifacts)
         blocks.fetch()
 
-        from aquant_core import CapturedModel, ImageSet, quantize  # torch: only in the child, only from here on
+        from aquant_core import CapturedModel, ImageSet, plan, quantize  # torch: only in the child, only from here on
         from worker.device import GpuMemory, resources
 
         granted = resources(self._settings, self._device, folder)
@@ -161,15 +161,14 @@ class JobRunner:
             lease.report(progress, memory.read())
             blocks.store()
 
-        result = quantize(
-            CapturedModel.load(intake.captured),
-            ImageSet.load(intake.calibration),
-            QuantizationConfig.model_validate(job.config),
-            evaluation=None if intake.evaluation is None else ImageSet.load(intake.evaluation),
-            on_progress=report,
-            resources=granted,
-            resume_from=blocks.folder,
-        )
+        model, calibration = CapturedModel.load(intake.captured), ImageSet.load(intake.calibration)
+        evaluation = None if intake.evaluation is None else ImageSet.load(intake.evaluation)
+        config = QuantizationConfig.model_validate(job.config)
+        if config.dry_run:
+            document = plan(model, calibration, config, evaluation, report, resources=granted)
+            lease.write()
+            return publish_plan(claim, document, intake.warnings, folder, self._artifacts, self._sessions)
+        result = quantize(model, calibration, config, evaluation, report, resources=granted, resume_from=blocks.folder)
         report(Progress(stage="save"))
         lease.flush()
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)
@@ -191,7 +190,7 @@ class JobRunner:
         while True:
             lease.check()
             try:
-                return self._artifacts.check()
+                return self._artifacts.try_out(job_prefix(lease.claim.job_id))
             except ArtifactsDownError:
                 time.sleep(STORE_POLL_SECONDS)
 

@@ -246,6 +246,9 @@ class SensitiveLayer(BaseModel):
     layer: str
     bits: Annotated[list[int], Field(description="Of weights and activations, as they are.")]
     raised_bits: list[int]
+    error_share: Annotated[float | None, Field(description="Of the network's squared error, what would go away.")] = (
+        None
+    )
     gain: Annotated[float, Field(description="Of the metric, as a fraction.")]
     interval: Interval
     cost_bytes: int
@@ -259,6 +262,31 @@ class Sensitivity(BaseModel):
     layers: list[SensitiveLayer]
 
 
+class Candidate(BaseModel):
+    """One choice of widths that was tried; drops are percentage points of the target's metric."""
+
+    layers: Annotated[dict[str, list[int]], Field(description="Bits of weights and activations by layer.")]
+    mean_weight_bits: float
+    bytes: int
+    accuracy: Annotated[float, Field(description="Of the target's metric, as a fraction.")]
+    drop: float
+    interval: Annotated[Interval, Field(description="Of the drop.")]
+    held: bool
+
+
+class Target(BaseModel):
+    """What became of a target: the smallest network tried that holds it, or the best."""
+
+    max_accuracy_drop: Annotated[float, Field(description="Wanted, in percentage points.")]
+    metric: Annotated[str, Field(description="top1, or agreement without labels.")]
+    n: int
+    held: bool
+    drop: float
+    interval: Annotated[Interval, Field(description="Of the drop.")]
+    candidates: list[Candidate]
+    chosen: Annotated[int, Field(description="Place in `candidates`.")]
+
+
 class Report(BaseModel):
     """What a quantization cost and how it was done."""
 
@@ -268,8 +296,8 @@ class Report(BaseModel):
     comparison: list[MethodRow] = []
     differences: list[Difference] = []
     gap: Gap | None = None
-    sensitivity: Annotated[Sensitivity | None, Field(description="Null unless it was asked for.")] = None
-    target: Annotated[dict[str, Any] | None, Field(description="Null unless there was one.")] = None
+    sensitivity: Annotated[Sensitivity | None, Field(description="Null where it was switched off.")] = None
+    target: Annotated[Target | None, Field(description="Null unless there was one.")] = None
     evaluation: Evaluation
     measured_images: Annotated[
         int | None, Field(description="Evaluation images over which layers and `error_held_out` were measured.")

@@ -12,11 +12,11 @@ from datetime import timedelta
 from ipaddress import ip_address
 
 import httpx
-from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.api.documents import describe
+from service.api.watching import to_its_end
 from service.jobs.records import JobRecord, WebhookRecord
 from service.jobs.repository import now
 from service.jobs.webhooks import (
@@ -70,17 +70,23 @@ class Deliveries:
         try:
             while True:
                 try:
-                    await self.round()
+                    while await self.round():
+                        pass
                 except SQLAlchemyError as error:
                     log.warning("webhooks wait for the database: %s", error)
                 await asyncio.sleep(POLL_SECONDS)
         finally:
-            await self._http.aclose()
+            await self.close()
 
-    async def round(self) -> None:
-        """Try everything that is due."""
-        while jobs := await run_in_threadpool(self._claim):
-            await asyncio.gather(*map(self._deliver, jobs))
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self._http.aclose()
+
+    async def round(self) -> bool:
+        """Try some of what is due; whether there was any."""
+        jobs = await to_its_end(self._claim)
+        await asyncio.gather(*map(self._deliver, jobs))
+        return bool(jobs)
 
     def _claim(self) -> Sequence[JobRecord]:
         with self._sessions.begin() as session:
@@ -94,11 +100,14 @@ class Deliveries:
                 async with asyncio.timeout(DELIVERY_SECONDS):
                     await self._send(webhook, _message(job))
             except TimeoutError:
-                await run_in_threadpool(self._fail, webhook, DeliveryError(f"no answer in {DELIVERY_SECONDS:.0f} s"))
+                await to_its_end(self._fail, webhook, DeliveryError(f"no answer in {DELIVERY_SECONDS:.0f} s"))
             except DeliveryError as error:
-                await run_in_threadpool(self._fail, webhook, error)
+                await to_its_end(self._fail, webhook, error)
+            except Exception as error:  # what one message meets must not keep the others
+                log.exception("the webhook of job %s met an error nobody foresaw", job.id)
+                await to_its_end(self._fail, webhook, DeliveryError(type(error).__name__))
             else:
-                await run_in_threadpool(self._succeed, webhook)
+                await to_its_end(self._succeed, webhook)
 
     async def _send(self, webhook: WebhookRecord, body: bytes) -> None:
         url = httpx.URL(webhook.url)

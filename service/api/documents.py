@@ -54,6 +54,7 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
             events=f"{here}/events",
             cancel=f"{here}/cancel" if job.state in (JobState.QUEUED, JobState.RUNNING) else None,
             report=f"{here}/report" if done else None,
-            checkpoint=f"{here}/checkpoint" if done else None,
+            checkpoint=f"{here}/checkpoint" if done and job.artifact("checkpoint") is not None else None,
+            onnx=f"{here}/onnx" if job.artifact("onnx") is not None else None,
         ),
     )

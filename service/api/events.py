@@ -15,6 +15,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from service.api.auth import Owner, OwnerDep
 from service.api.deps import PartsDep
 from service.api.documents import describe
+from service.api.openapi import EVENT
 from service.api.problems import REFUSALS, responses
 from service.api.watching import JobWatch
 from service.jobs.database import DATABASE_DOWN
@@ -64,7 +65,7 @@ class _News:
             "description": "Events with an `id`: `state`, `stage` (data: `stage`) and `block` (a block that is "
             "finished, with its last `loss`), each with `at` and `attempt`. Without one: `progress` (JobProgress), "
             "and `deleted` when the job is. The stream ends with the `state` that a job never leaves.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+            "content": {"text/event-stream": {"schema": EVENT, "example": _EXAMPLE}},
         },
         204: {"description": "The job has ended and the client knows: nothing will come, do not connect again"},
         **responses(*REFUSALS, "job_not_found", "request_invalid", "database_unavailable"),

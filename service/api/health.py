@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,6 +16,9 @@ from service.jobs.queue import QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Health, WorkerInfo
 
+_NO_KEY_NEEDED: dict[str, Any] = {"security": [{}]}
+"""OpenAPI: besides with a key, also without."""
+
 log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/health", tags=["health"])
@@ -26,7 +30,7 @@ def live() -> Health:
     return Health(status="ok")
 
 
-@router.get("/ready", response_model=Health, responses=responses("not_ready"))
+@router.get("/ready", response_model=Health, responses=responses("not_ready"), openapi_extra=_NO_KEY_NEEDED)
 def ready(parts: PartsDep, trusted: TrustedDep) -> Response:
     """Database, files and broker answer; whether workers are alive is told, but jobs can be taken in without.
 

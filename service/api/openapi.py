@@ -7,7 +7,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from service.jobs.schemas import JobRequest
+from service.jobs.schemas import JobEvent, JobRequest
 from service.jobs.states import Device
 
 _SCHEMAS = "#/components/schemas/"
@@ -35,7 +35,10 @@ SUBMISSION: dict[str, Any] = {
                     "properties": {
                         "config": {"$ref": f"{_SCHEMAS}QuantizationConfig-Input"},
                         "model": _file("ONNX, or a safetensors or .pth state dict."),
-                        "calibration": _file("Images (N, C, H, W): .npz (`images`, `labels`), .npy ..."),
+                        "calibration": _file(
+                            "Images: .npz (`images`, `labels`), .npy, safetensors; or a zip or tar of image files, "
+                            "with `preprocess`."
+                        ),
                         "evaluation": _file("Labelled images to measure accuracy on."),
                         "device": {
                             "type": "string",
@@ -72,6 +75,21 @@ SUBMISSION: dict[str, Any] = {
     }
 }
 """OpenAPI's entry for the body of POST /jobs, which is read as it streams."""
+
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "description": "One event.",
+    "properties": {
+        "event": {"type": "string", "enum": ["state", "stage", "block", "progress", "deleted"]},
+        "id": {"type": "string", "description": "Its number; the next connection's Last-Event-ID."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [{"$ref": f"{_SCHEMAS}JobEvent"}, {"$ref": f"{_SCHEMAS}JobProgress"}]},
+        },
+    },
+}
+"""OpenAPI's schema of each event of a stream."""
 
 _JOB = {
     "id": "0a1b2c3d4e5f60718293a4b5",
@@ -141,17 +159,55 @@ def _complete(document: dict[str, Any]) -> None:
     for name, example in _EXAMPLES.items():
         schemas[name]["examples"] = [example]
     # A schema of what is sent lets defaults be left out; one of what is answered promises them.
-    _, asked = models_json_schema([(JobRequest, "validation")], ref_template=_SCHEMAS + "{model}")
-    definitions = asked["$defs"]
+    asked = models_json_schema([(JobRequest, "validation")], ref_template=_SCHEMAS + "{model}")[1]
+    told = models_json_schema([(JobEvent, "validation")], ref_template=_SCHEMAS + "{model}")[1]
+    definitions = {"JobEvent": told["$defs"]["JobEvent"], **asked["$defs"]}
     renamed = {
         name: f"{name}-Input" for name in definitions if schemas.get(name, definitions[name]) != definitions[name]
     }
     for name, definition in definitions.items():
         schemas[renamed.get(name, name)] = _with_references(definition, renamed)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
-    for methods in document["paths"].values():
-        for operation in methods.values():
-            operation["responses"] = dict(sorted(operation["responses"].items()))
+    operations = {
+        f"{method} {path}": operation for path, item in document["paths"].items() for method, operation in item.items()
+    }
+    for operation in operations.values():
+        operation["responses"] = dict(sorted(operation["responses"].items()))
+        for parameter in operation.get("parameters", []):
+            parameter["schema"] = _without_null(parameter["schema"])
+    _link(operations)
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter that is optional can be left out; there is no null among them."""
+    alternatives: list[dict[str, Any]] = [entry for entry in schema.get("anyOf", []) if entry != {"type": "null"}]
+    if len(alternatives) != 1:
+        return schema
+    return {name: value for name, value in schema.items() if name != "anyOf"} | alternatives[0]
+
+
+def _link(operations: dict[str, dict[str, Any]]) -> None:
+    """Say where an answer's values lead to."""
+    of_a_job = {
+        operation["operationId"]: {
+            "operationId": operation["operationId"],
+            "parameters": {"job_id": "$response.body#/id"},
+        }
+        for name, operation in operations.items()
+        if "{job_id}" in name
+    }
+    for status in ("200", "202"):
+        operations["post /jobs"]["responses"][status]["links"] = of_a_job
+    of_an_upload = {
+        operation["operationId"]: {
+            "operationId": operation["operationId"],
+            "parameters": {"sha256": "$response.body#/sha256"},
+        }
+        for name, operation in operations.items()
+        if "{sha256}" in name
+    }
+    for status in ("200", "201", "202"):
+        operations["put /uploads/{sha256}"]["responses"][status]["links"] = of_an_upload
 
 
 def _with_references(node: Any, renamed: dict[str, str]) -> Any:

@@ -161,6 +161,19 @@ async def checkpoint(
     return await results.checkpoint(request, parts, visitor, job_id, range, if_range, None)
 
 
+@router.get("/page/jobs/{job_id}/onnx")
+async def onnx(
+    request: Request,
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+) -> Response:
+    """The quantized network as ONNX, or why there is none."""
+    return await results.onnx(request, parts, visitor, job_id, range, if_range, None)
+
+
 @router.get("/page/compare")
 def comparison(
     parts: PartsDep, visitor: VisitorDep, job: Annotated[list[str] | None, Query(max_length=50)] = None
@@ -175,7 +188,8 @@ def comparison(
         report = _read_report(parts, visitor, job_id)
         if report is None:
             raise ArtifactNotReadyError(
-                f"The report of job {job_id} is of a version that cannot be shown.", "Run the job again."
+                f"Job {job_id} has no report that can be compared.",
+                "Choose a job that ran to its end with this version.",
             )
         documents.append(document)
         reports.append(report)
@@ -210,7 +224,7 @@ def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.H
 
 
 def _read_report(parts: Parts, visitor: Owner, job_id: str) -> Report | None:
-    """A job's report; None where this version cannot read it."""
+    """A job's report; None where this version cannot read it, and of a dry run."""
     with visitor.jobs() as repository:
         artifact = repository.get(job_id).artifact("report")
     if artifact is None:

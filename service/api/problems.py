@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 
 from service.artifacts import ArtifactsDownError
 from service.jobs.database import DATABASE_DOWN
@@ -24,6 +26,7 @@ MEDIA_TYPE = "application/problem+json"
 
 _RETRY = {"Retry-After": "5"}
 """When to ask again while a part of the service does not answer."""
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _LATER = "Try again later; if it stays, tell the operator: the server's log has the reason."
 
 FRAMEWORK = {
@@ -107,7 +110,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     code, remedy = FRAMEWORK.get(error.status_code, ("http_error", "See /docs."))
     detail = f"{request.method} {request.url.path}: {error.detail}."
     _note(request, code, detail)
-    return _respond(_document(code, error.status_code, detail, remedy), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return _respond(_document(code, error.status_code, detail, remedy), headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods of all routes of this path; the framework tells those of the first alone."""
+    found: set[str] = set()
+    for method in _METHODS:
+        for route in request.app.router.routes:
+            match, _ = route.matches({**request.scope, "method": method})
+            if match == Match.FULL:
+                found.add(method)
+    return found
 
 
 async def _database_down(request: Request, error: Exception) -> Response:

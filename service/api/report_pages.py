@@ -10,6 +10,7 @@ from fastapi import Response
 from pydantic import ValidationError
 
 from aquant_core.report.page import content_policy, render
+from service.api.conditions import entity_tag, is_current
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,15 @@ def page_of(body: bytes, if_none_match: str | None) -> Response | None:
     except ValidationError as error:
         log.warning("a report cannot be shown as a page: %s", error)
         return None
-    tag = f'"{hashlib.sha256(page).hexdigest()}"'
+    tag = entity_tag(hashlib.sha256(page).hexdigest())
     headers = {
         "ETag": tag,
+        "Cache-Control": "no-cache",
         "Vary": "Accept",
         "Content-Security-Policy": f"{content_policy()}; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
-    if if_none_match is not None and tag in if_none_match:
+    if is_current(if_none_match, tag):
         return Response(status_code=304, headers=headers)
     return Response(page, media_type="text/html", headers=headers)

@@ -1,4 +1,4 @@
-"""The endpoints of a finished job's files: report and checkpoint, the latter in ranges."""
+"""The endpoints of a finished job's files: report, checkpoint and ONNX, the latter two in ranges."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from aquant_core.report.plan import Plan
 from aquant_core.report.schema import Report
 from service.api.auth import Owner, OwnerDep
 from service.api.conditions import (
@@ -21,10 +22,12 @@ from service.api.conditions import (
     is_current,
     repr_digest,
 )
-from service.api.deps import PartsDep
+from service.api.deps import Parts, PartsDep
 from service.api.problems import REFUSALS, problem, responses
 from service.api.report_pages import page_of, prefers_page
-from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.errors import ArtifactNotReadyError, DryRunError, OnnxUnavailableError
+from service.jobs.records import ONNX_PROBLEM
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 router = APIRouter(
@@ -44,6 +47,12 @@ _HEADERS = described(
     Repr_Digest="The same as RFC 9530 writes it.",
 )
 _RANGED = {**_HEADERS, **described(Accept_Ranges="bytes", Content_Disposition="A name to keep it under.")}
+_Range = Annotated[
+    str | None, Header(alias="Range", description="One range of bytes; where several are asked for, all is sent.")
+]
+_IfRange = Annotated[
+    str | None, Header(alias="If-Range", description="The range only if this entity tag is current; else all.")
+]
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
@@ -64,11 +73,11 @@ class _File:
 
 @router.get(
     "/jobs/{job_id}/report",
-    response_model=Report,
+    response_model=Report | Plan,
     responses={
         200: {
             "description": "The report",
-            "content": {"text/html": {}},
+            "content": {"text/html": {"schema": {"type": "string"}}},
             "headers": {**_HEADERS, **described(Vary="Accept")},
         },
         **NOT_MODIFIED,
@@ -78,10 +87,13 @@ async def report(
     parts: PartsDep,
     owner: OwnerDep,
     job_id: str,
-    accept: Annotated[str | None, Header(description="text/html for a page, else JSON.")] = None,
+    accept: Annotated[str | None, Header(alias="Accept", description="text/html for a page, else JSON.")] = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page."""
+    """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page.
+
+    That of a dry run is its plan, and JSON alone.
+    """
     file = await run_in_threadpool(_find, owner, job_id, "report")
     if prefers_page(accept):
         body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
@@ -104,7 +116,7 @@ def _file_responses(what: str) -> dict[int | str, dict[str, Any]]:
             "headers": {**_RANGED, **described(Content_Range="Where the range lies in the file.")},
         },
         **NOT_MODIFIED,
-        **responses("range_not_satisfiable"),
+        **responses("range_not_satisfiable", "job_not_found", "dry_run_has_no_checkpoint"),
     }
 
 
@@ -116,20 +128,63 @@ async def checkpoint(
     parts: PartsDep,
     owner: OwnerDep,
     job_id: str,
-    range: Annotated[
-        str | None, Header(alias="Range", description="One range of bytes; of several, all are sent.")
-    ] = None,
-    if_range: Annotated[
-        str | None, Header(alias="If-Range", description="The range only if this entity tag is current.")
-    ] = None,
+    range: _Range = None,
+    if_range: _IfRange = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded (safetensors); its ETag is the sha256 of its bytes."""
     file = await run_in_threadpool(_find, owner, job_id, "checkpoint")
+    return await _deliver(request, parts, file, f"aquant-{job_id}.safetensors", range, if_range, if_none_match)
+
+
+_ONNX_PROBLEMS = responses("artifact_not_ready", "onnx_export_unsupported")
+
+
+@router.get(
+    "/jobs/{job_id}/onnx",
+    response_class=StreamingResponse,
+    responses={**_file_responses("quantized network"), **_ONNX_PROBLEMS},
+)
+async def onnx(
+    request: Request,
+    parts: PartsDep,
+    owner: OwnerDep,
+    job_id: str,
+    range: _Range = None,
+    if_range: _IfRange = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The quantized network as ONNX with standard operators; 409 says why where it cannot be written so."""
+    file = await run_in_threadpool(_find_onnx, parts, owner, job_id)
+    return await _deliver(request, parts, file, f"aquant-{job_id}.onnx", range, if_range, if_none_match)
+
+
+# Routes of their own for HEAD, each with its own id in the OpenAPI document.
+_HEAD = {
+    200: {"description": "The headers of GET", "headers": _RANGED},
+    **NOT_MODIFIED,
+    **responses("job_not_found", "dry_run_has_no_checkpoint"),
+}
+router.head("/jobs/{job_id}/checkpoint", name="checkpoint_head", response_class=Response, responses=_HEAD)(checkpoint)
+router.head("/jobs/{job_id}/onnx", name="onnx_head", response_class=Response, responses={**_HEAD, **_ONNX_PROBLEMS})(
+    onnx
+)
+
+
+async def _deliver(
+    request: Request,
+    parts: Parts,
+    file: _File,
+    name: str,
+    range: str | None,
+    if_range: str | None,
+    if_none_match: str | None,
+) -> Response:
+    """A file, or the range of it that is asked for, to be kept under a name."""
     headers = {
         **file.headers,
         "Accept-Ranges": "bytes",
-        "Content-Disposition": f'attachment; filename="aquant-{job_id}.safetensors"',
+        "Content-Disposition": f'attachment; filename="{name}"',
     }
     if is_current(if_none_match, file.etag):
         return Response(status_code=304, headers=headers)
@@ -154,15 +209,6 @@ async def checkpoint(
     return StreamingResponse(body, 200 if part is None else 206, headers, "application/octet-stream")
 
 
-# Routes of its own for HEAD, each with its own id in the OpenAPI document.
-router.head(
-    "/jobs/{job_id}/checkpoint",
-    name="checkpoint_head",
-    response_class=Response,
-    responses={200: {"description": "The headers of GET", "headers": _RANGED}, **NOT_MODIFIED},
-)(checkpoint)
-
-
 _REMEDY = {
     JobState.FAILED: "It never will; the job's error says why.",
     JobState.CANCELLED: "It never will; submit it again.",
@@ -173,9 +219,23 @@ def _find(owner: Owner, job_id: str, name: str) -> _File:
     with owner.jobs() as jobs:
         job = jobs.get(job_id)
         artifact = job.artifact(name)
+        if artifact is None and name != "report" and job.config.get("dry_run"):
+            raise DryRunError(
+                f"Job {job_id} is a dry run, which has no {name}.", "Read its report; submit it again without dry_run."
+            )
         if artifact is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} is {job.state} and has no {name}.",
                 _REMEDY.get(job.state, "Ask again once it has succeeded."),
             )
         return _File(artifact.key, artifact.size, artifact.sha256)
+
+
+def _find_onnx(parts: Parts, owner: Owner, job_id: str) -> _File:
+    """The file; where there can be none, the reason that the worker left."""
+    with owner.jobs() as jobs:
+        reason = jobs.get(job_id).artifact(ONNX_PROBLEM)
+    if reason is None:
+        return _find(owner, job_id, "onnx")
+    found = Problem.model_validate_json(parts.artifacts.get_bytes(reason.key))
+    raise OnnxUnavailableError(found.detail, found.remedy)

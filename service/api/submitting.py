@@ -15,11 +15,12 @@ from service.api.auth import Owner
 from service.api.deps import Parts
 from service.api.forms import REMEDY, FormStream, Part
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
-from service.jobs.errors import FormError, ServiceError, UploadTooLargeError
+from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
 from service.jobs.schemas import JobRequest, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import (
+    CONFIG_REMEDY,
     UPLOADS,
     Submission,
     Submitted,
@@ -139,8 +140,10 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
                 f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
             )
     try:
-        asked = JobRequest.model_validate_json(body)
+        asked = JobRequest.model_validate_json(body, strict=True)
     except ValidationError as error:
+        if all(fault["loc"][:1] == ("config",) for fault in error.errors()):
+            raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
         raise FormError(
             f"The body is no job: {faults_of(error)}.", "See JobRequest in /docs; files are named as sha256:DIGEST."
         ) from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,13 +17,27 @@ from service.jobs.repository import JobRepository
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+T = TypeVar("T")
+
+
+async def to_its_end(call: Callable[..., T], *arguments: Any) -> T:
+    """Run a call in a thread; if the task is cancelled, after the thread has given back what it holds.
+
+    (asyncio's cancellation, unlike anyio's, would leave it behind, with a connection of a database that is closed.)
+    """
+    running = asyncio.ensure_future(run_in_threadpool(call, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 class JobWatch:
     """Who waits for which job. Waiting takes neither a thread nor a connection, and looking only while someone waits.
 
-    A waiter is woken at its first look in any case, and now and then for nothing: it reads what it wants to know by
-    itself.
+    Who waits begins to do so before it reads the job, and reads it again when it is woken, now and then for nothing:
+    at the first look in any case, since what was there before is not known.
     """
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
@@ -37,7 +51,6 @@ class JobWatch:
         """An event that is set whenever the job may have changed."""
         changed = asyncio.Event()
         self._waiting.setdefault(job_id, set()).add(changed)
-        self._seen.pop(job_id, None)
         self._wanted.set()
         try:
             yield changed
@@ -58,7 +71,7 @@ class JobWatch:
             if not job_ids:
                 continue
             try:
-                found = await run_in_threadpool(self._look, job_ids)
+                found = await to_its_end(self._look, job_ids)
             except SQLAlchemyError as error:
                 log.warning("those who wait for jobs are woken, as the database does not answer: %s", error)
                 found = {}

@@ -54,6 +54,12 @@ class ArtifactNotReadyError(ServiceError):
     code = "artifact_not_ready"
 
 
+class OnnxUnavailableError(ServiceError):
+    """The job's network cannot be written as ONNX; the worker found out why."""
+
+    code = "onnx_export_unsupported"
+
+
 class CursorError(ServiceError):
     """A page cursor that this service did not hand out."""
 
@@ -178,6 +184,24 @@ class WebhookRefusedError(ServiceError):
     """A webhook's address or secret is not one that is used."""
 
     code = "webhook_refused"
+
+
+class PreprocessMissingError(ServiceError):
+    """An archive of images came without a word on how they are prepared."""
+
+    code = "preprocess_missing"
+
+
+class PreprocessUnusedError(ServiceError):
+    """The configuration says how image files are prepared, and there are none."""
+
+    code = "preprocess_unused"
+
+
+class DryRunError(ServiceError):
+    """A job that forecasts and does not run has no checkpoint."""
+
+    code = "dry_run_has_no_checkpoint"
 
 
 class KeyMissingError(ServiceError):

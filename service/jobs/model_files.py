@@ -5,18 +5,18 @@ What needs the model itself (operators, weights, shapes) is checked later, in th
 
 from __future__ import annotations
 
-import zipfile
 from typing import BinaryIO
 
 from service.jobs.errors import ArchitectureMissingError, ModelInvalidError, ModelRefusedError
 from service.jobs.safetensors_header import HeaderError, looks_like_safetensors, read_header
+from service.jobs.zip_directory import DAMAGED, open_zip
 
 FORMATS = "Send an ONNX file, or a safetensors state dict together with config.architecture."
 
 # ModelProto's fields (onnx.proto): number -> wire type
 _ONNX_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 _ONNX_GRAPH = 7
-_MAX_ZIP_ENTRIES = 100_000
+_MAX_ONNX_FIELDS = 10_000
 
 
 def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
@@ -29,7 +29,7 @@ def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
     """
     head = file.read(64)
     if head.startswith(b"PK\x03\x04"):
-        kind = _check_zip(file)
+        kind = _check_zip(file, size)
     elif head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ModelRefusedError(
             "The model is a bare pickle, which can run code when it is read.",
@@ -61,18 +61,16 @@ def _check_safetensors(file: BinaryIO, size: int) -> str:
     return "safetensors"
 
 
-def _check_zip(file: BinaryIO) -> str:
+def _check_zip(file: BinaryIO, size: int) -> str:
     """A zip is what torch.save, torch.jit.save and torch.export.save write; only the first is ever read."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        with open_zip(file, size) as archive:
+            entries = archive.infolist()
+    except DAMAGED as error:
         raise ModelInvalidError(
             f"The model is a damaged zip archive ({error}), cut short perhaps.", "Save or upload it again."
         ) from error
-    if len(names) > _MAX_ZIP_ENTRIES:
-        raise ModelInvalidError(f"The model's archive has {len(names)} entries.", FORMATS)
-    inner = {name.split("/", 1)[-1] for name in names}
+    inner = {entry.filename.split("/", 1)[-1] for entry in entries}
     export = "torch.onnx.export(model, example, path, dynamo=True)"
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
         raise ModelRefusedError(
@@ -86,13 +84,20 @@ def _check_zip(file: BinaryIO) -> str:
         )
     if "data.pkl" not in inner:
         raise ModelInvalidError("The model is a zip archive, but not of PyTorch weights.", FORMATS)
+    if any(entry.compress_size != entry.file_size for entry in entries):
+        raise ModelInvalidError(
+            "The model's archive is compressed, as torch.save never writes it.", "Send the file as torch.save wrote it."
+        )
     return "pth"
 
 
 def _check_onnx(file: BinaryIO, size: int) -> None:
     """Walk the outermost fields of the protobuf message, enough to notice another format or a cut."""
-    position, seen = 0, set()
+    position, count, seen = 0, 0, set()
     while position < size:
+        count += 1
+        if count > _MAX_ONNX_FIELDS:
+            raise ModelInvalidError(f"The model is an ONNX file of more than {_MAX_ONNX_FIELDS} parts.", FORMATS)
         tag, position = _varint(file, position)
         number, wire = tag >> 3, tag & 7
         if _ONNX_FIELDS.get(number) != wire:

@@ -10,7 +10,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service.artifacts import upload_prefix
+from service.artifacts import UPLOADS
 from service.jobs.errors import JobQuotaError, StorageQuotaError
 from service.jobs.records import ArtifactRecord, JobRecord, OwnerRecord, UploadRecord
 from service.jobs.states import HELD, JobState
@@ -84,7 +84,7 @@ class Account:
         mine = JobRecord.owner == self._owner
         rows = self._session.execute(select(JobRecord.state, func.count()).where(mine).group_by(JobRecord.state))
         jobs = {state: count for state, count in rows}  # noqa: C416  (dict() cannot tell their types)
-        own = ArtifactRecord.key.not_like(f"{upload_prefix('')}%")
+        own = ArtifactRecord.key.not_like(f"{UPLOADS}%")
         size = self._session.scalar(select(func.sum(ArtifactRecord.size)).join(JobRecord).where(mine, own)) or 0
         size += self._session.scalar(select(func.sum(UploadRecord.size)).where(UploadRecord.owner == self._owner)) or 0
         return Usage(jobs.get(JobState.QUEUED, 0), sum(jobs.get(state, 0) for state in HELD), int(size))

@@ -157,6 +157,16 @@ KINDS: dict[str, Kind] = {
         "Send `.npz` with `images` (N, C, H, W) and, for evaluation, `labels`, or one of the other formats in the "
         "README; shapes must fit the model's input.",
     ),
+    "preprocess_missing": _either(
+        422,
+        "An archive of image files came without a word on how they are prepared.",
+        "Say in the config's `preprocess` (size, crop, mean, std) what the network was trained with.",
+    ),
+    "preprocess_unused": _answer(
+        422,
+        "The config's `preprocess` says how image files are prepared, and the images come as arrays.",
+        "Send the image files as a zip or tar, or leave `preprocess` out.",
+    ),
     "idempotency_key_reused": _answer(
         422,
         "The `Idempotency-Key` was used before with another body.",
@@ -187,6 +197,16 @@ KINDS: dict[str, Kind] = {
         409,
         "The job has not produced this file: it has not succeeded yet, or never will.",
         "Follow the job until it has `succeeded`; a failed one has the reason in its `error`.",
+    ),
+    "dry_run_has_no_checkpoint": _answer(
+        404,
+        "The job is a dry run: it forecasts and does not run, and has a plan for its report, nothing more.",
+        "Read its report; submit it again without `dry_run` to have it run.",
+    ),
+    "onnx_export_unsupported": _answer(
+        409,
+        "The job's network, or its settings, cannot be written as ONNX with standard operators.",
+        "The detail says why. The checkpoint holds the same network.",
     ),
     # Uploads.
     "upload_not_found": _answer(
@@ -239,6 +259,10 @@ KINDS: dict[str, Kind] = {
     ),
     "layer_unknown": _job(
         "The config names a layer that the network does not have.", "The job's error lists the names that are like it."
+    ),
+    "dry_run_requested": _job(
+        "A config with `dry_run` was given to what runs; met in the library, as a job with it ends after its forecast.",
+        "Call `aquant_core.plan`, or leave `dry_run` out.",
     ),
     "checkpoint_invalid": _job(
         "A quantized checkpoint is damaged, incomplete or of an unknown format version.",

@@ -112,6 +112,10 @@ class JobRecord(Record):
         return next((artifact for artifact in self.artifacts if artifact.name == name), None)
 
 
+ONNX_PROBLEM = "onnx_problem"
+"""Name of the artifact that a job has in place of ``onnx``: why there is none, as a problem document."""
+
+
 class ArtifactRecord(Record):
     """One stored object of a job: an upload or a result. Several jobs may name the same object under ``uploads/``."""
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.report.schema import LossCurve
 from service.jobs.problem_kinds import address_of, title_of
 from service.jobs.states import FINISHED, Device, JobState
+
+_MAX_WORDS = 2_000
+
+
+def _fit_to_show(text: str) -> str:
+    """It may name what stands in an upload, of any length and in any characters."""
+    shown = "".join(character if character.isprintable() else " " for character in text[:_MAX_WORDS])
+    return shown if len(text) <= _MAX_WORDS else f"{shown}..."
 
 
 class Problem(BaseModel):
@@ -27,8 +35,8 @@ class Problem(BaseModel):
         int | None, Field(description="HTTP status; null inside a job, which was accepted before it failed.")
     ] = None
     code: Annotated[str, Field(description="Stable identifier of the kind of problem.")]
-    detail: Annotated[str, Field(description="What was wrong, naming the value.")]
-    remedy: Annotated[str, Field(description="What to do about it.")]
+    detail: Annotated[str, AfterValidator(_fit_to_show), Field(description="What was wrong, naming the value.")]
+    remedy: Annotated[str, AfterValidator(_fit_to_show), Field(description="What to do about it.")]
 
     @classmethod
     def of_job(cls, code: str, detail: str, remedy: str) -> Problem:
@@ -61,9 +69,13 @@ class JobProgress(BaseModel):
         str | None, Field(description="Method under way, of the one asked for and those to compare it with.")
     ] = None
     block: Annotated[int, Field(description="Block under reconstruction, from 1; 0 outside that stage.")] = 0
-    blocks: Annotated[int, Field(description="Blocks in all; 0 while unknown.")] = 0
-    iteration: Annotated[int, Field(description="Step within the block.")] = 0
-    iterations: Annotated[int, Field(description="Steps per block.")] = 0
+    blocks: Annotated[
+        int, Field(description="Blocks in all, of all networks that a search learns; 0 while unknown.")
+    ] = 0
+    iteration: Annotated[
+        int, Field(description="Step within the block; in search and sensitivity, the width tried.")
+    ] = 0
+    iterations: Annotated[int, Field(description="Steps per block; in search and sensitivity, widths to be tried.")] = 0
     loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
     curve: Annotated[
         LossCurve | None, Field(description="Reconstruction loss of the block so far, thinned to a few points.")
@@ -158,6 +170,7 @@ class JobLinks(BaseModel):
     cancel: str | None = None
     report: str | None = None
     checkpoint: str | None = None
+    onnx: str | None = None
 
 
 class JobDocument(BaseModel):
@@ -166,7 +179,11 @@ class JobDocument(BaseModel):
     id: str
     state: JobState
     stage: Annotated[
-        str | None, Field(description="intake, capture, forecast, nearest, reconstruct, evaluate or save.")
+        str | None,
+        Field(
+            description="intake, capture, forecast, search (for a target), nearest, reconstruct, evaluate, sensitivity "
+            "or save."
+        ),
     ] = None
     device: Annotated[
         Device | None,

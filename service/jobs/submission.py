@@ -17,9 +17,15 @@ from sqlalchemy.orm import Session, sessionmaker
 from aquant_core.config import QuantizationConfig
 from service.artifacts import Artifacts, Stored
 from service.jobs.announcement import announce
-from service.jobs.errors import ConfigError, FormError, UploadEmptyError, UploadMissingError
+from service.jobs.errors import (
+    ConfigError,
+    FormError,
+    PreprocessUnusedError,
+    UploadEmptyError,
+    UploadMissingError,
+)
 from service.jobs.idempotency import IdempotencyKeys
-from service.jobs.image_files import check_images
+from service.jobs.image_files import ARCHIVES, check_images
 from service.jobs.model_files import check_model
 from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
@@ -36,7 +42,9 @@ from service.tracing import carrier
 log = logging.getLogger(__name__)
 
 UploadName = Literal["model", "calibration", "evaluation"]
-CONFIG_REMEDY = "Only weight_bits and activation_bits are required; /docs has the schema (QuantizationConfig)."
+CONFIG_REMEDY = (
+    "Only weight_bits and activation_bits are required, or a target; /docs has the schema (QuantizationConfig)."
+)
 UPLOADS: tuple[UploadName, ...] = get_args(UploadName)
 
 
@@ -140,6 +148,11 @@ class Submitter:
                 for name, stored in files.items()
             ],
         )
+        if config.preprocess is not None and not any(artifact.format in ARCHIVES for artifact in job.artifacts):
+            raise PreprocessUnusedError(
+                "config.preprocess says how image files are prepared, and the images come as arrays.",
+                "Send the image files as a zip or tar, or leave preprocess out: arrays are taken as they are.",
+            )
         try:
             submitted = self._put_in(submission, job)
         except IntegrityError:  # the same idempotency key, at the same time: the job is there now
@@ -188,7 +201,7 @@ class Submitter:
         with self._artifacts.open(stored.key) as file:
             if name == "model":
                 return check_model(file, stored.size, config.architecture)
-            return check_images(file, stored.size, name, self._settings.max_unpacked_bytes)
+            return check_images(file, stored.size, name, self._settings.max_unpacked_bytes, config.preprocess)
 
 
 def read_device(text: bytes) -> Device:

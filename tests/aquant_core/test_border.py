@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from aquant_core.border import STORED_TYPE, Border
+from aquant_core.border import Border
 from aquant_core.config import BorderConfig
 
 
@@ -61,14 +61,14 @@ def test_stored_precision_is_reached_and_kept() -> None:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.5)
         border.coefficients[0, 0, 0], border.coefficients[0, 0, 1] = 1e6, -1e6
     before = border.coefficients.detach().clone()
-    border.round_to_stored_type()
+    border.round_to_stored()
     for tensor in border.tensors():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, tensor.to(STORED_TYPE).float())
+        assert torch.equal(tensor, tensor.half().float())
         assert torch.isfinite(tensor).all()
     assert border.coefficients[0, 0, :2].tolist() == [65504.0, -65504.0]
     torch.testing.assert_close(border.coefficients[1:], before[1:], atol=1e-6, rtol=2**-11)
     assert not torch.equal(border.coefficients, before)
     once = border.coefficients.detach().clone()
-    border.round_to_stored_type()
+    border.round_to_stored()
     assert torch.equal(border.coefficients, once)

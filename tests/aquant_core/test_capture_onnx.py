@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from aquant_core.capture_onnx import capture_onnx, onnx_input_shape
+from aquant_core.capture_onnx import capture_onnx
 from aquant_core.errors import (
     AQuantError,
     CaptureMismatchError,
@@ -26,6 +26,7 @@ from aquant_core.errors import (
     UnsupportedOperatorError,
 )
 from aquant_core.graph import CapturedModel
+from aquant_core.onnx_file import onnx_input_shape
 
 node = helper.make_node
 FLOAT = TensorProto.FLOAT

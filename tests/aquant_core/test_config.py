@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +20,8 @@ from aquant_core.config import (
     Protocol,
     ProtocolName,
     QuantizationConfig,
+    Target,
+    read_configuration,
 )
 
 ALLOWED_BITS = {2, 3, 4, 5, 6, 7, 8, 32}
@@ -269,3 +272,58 @@ def test_methods_to_compare() -> None:
 def test_no_method_runs_twice(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ValidationError, match=f'compare: "{name}" would run twice'):
         QuantizationConfig.model_validate(W2A2 | changes)
+
+
+def test_options_go_over_what_is_given_as_text_or_as_a_file(tmp_path: Path) -> None:
+    text = '{"weight_bits": 2, "seed": 1}'
+    (tmp_path / "config.json").write_text(text)
+    options = {"seed": 5, "method": None}
+    for source in (text, "  " + text, str(tmp_path / "config.json")):
+        assert read_configuration(source, options) == {"weight_bits": 2, "seed": 5}
+    assert read_configuration(None, options) == {"seed": 5}
+    for wrong in ("[1]", "{", str(tmp_path), str(tmp_path / "absent")):
+        with pytest.raises(ValueError, match="neither JSON nor a file of it"):
+            read_configuration(wrong, options)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, not an object"):
+        read_configuration(str(tmp_path / "config.json"), options)
+
+
+def test_borders_are_stored_in_16_bits_or_8() -> None:
+    assert BorderConfig().bits == 16
+    assert BorderConfig(bits=8).bits == 8
+    with pytest.raises(ValidationError, match="bits"):
+        BorderConfig(bits=4)
+
+
+def test_a_target_stands_in_for_the_widths() -> None:
+    target = {"max_accuracy_drop": 0.5}
+    config = QuantizationConfig.model_validate({"target": target})
+    assert (config.weight_bits, config.activation_bits) == (2, 2)
+    assert config.target == Target(max_accuracy_drop=0.5)
+    assert QuantizationConfig.model_validate({"target": target, "weight_bits": 3}).weight_bits == 3
+    assert QuantizationConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValidationError, match=r"weight_bits\n.*required"):
+        QuantizationConfig.model_validate({"target": None})
+    schema = QuantizationConfig.model_json_schema()
+    assert schema["anyOf"] == [{"required": ["weight_bits", "activation_bits"]}, {"required": ["target"]}]
+    assert not {"weight_bits", "activation_bits"} & set(schema["required"])
+
+
+@pytest.mark.parametrize("drop", [-0.1, 100.5, "little", None, float("nan"), float("inf")])
+def test_a_drop_is_a_percentage(drop: Any) -> None:
+    with pytest.raises(ValidationError, match=r"target\.max_accuracy_drop"):
+        QuantizationConfig.model_validate({"target": {"max_accuracy_drop": drop}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"compare": ["qdrop"]}, 'compare: methods are compared at given widths, which "target" is to find'),
+        ({"weight_bits": 32}, 'target: with "weight_bits" 32 no width would make the network smaller'),
+    ],
+)
+def test_what_makes_no_sense_with_a_target_is_refused(changes: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(refusal)):
+        QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}} | changes)
+    QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}, "activation_bits": 32})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aquant_core.evaluation import (
     accuracy,
+    decisions_to_meet,
     evaluation_batch_size,
     fidelity,
     independent_difference,
@@ -123,3 +124,11 @@ def test_independent_difference_by_hand() -> None:
 
 def test_noise_without_end_is_no_error() -> None:
     assert sqnr_db(torch.tensor([float("inf")]), torch.tensor([1.0])) == -float("inf")
+
+
+def test_decisions_to_meet_are_the_labels_or_the_float_networks() -> None:
+    logits, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([0, 0])
+    assert decisions_to_meet(logits, labels) == ("top1", labels)
+    metric, wanted = decisions_to_meet(logits, None)
+    assert metric == "agreement"
+    assert wanted.tolist() == [1, 0]

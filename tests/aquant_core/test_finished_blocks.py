@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qdrop_refactored": {"method": "qdrop_refactored"},
     "aquant_no_border": {"method": "aquant_no_border"},
     "aquant": {"method": "aquant"},
-    "alpha_learned": {"border": {"alpha": "learned"}},
+    "alpha_learned": {"border": {"alpha": "learned", "bits": 8}},
     "qdrop": {"method": "qdrop"},
     "adaround": {"method": "adaround"},
     "shortcut": {"protocol_switches": {"shortcut": "low"}},

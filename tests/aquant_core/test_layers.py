@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aquant_core.border import STORED_TYPE
 from aquant_core.config import BorderConfig
 from aquant_core.layers import ActivationQuantizer, Dropping, QuantizedLayer
 from aquant_core.quantizers import UniformGrid, WeightRounding, search_weight_grid
@@ -267,7 +266,7 @@ def test_finishing_ends_all_that_is_of_learning() -> None:
     layer.finish()
     assert layer.weight.variable is None
     assert layer.border is not None
-    assert torch.equal(layer.border.coefficients, layer.border.coefficients.to(STORED_TYPE).float())
+    assert torch.equal(layer.border.coefficients, layer.border.coefficients.half().float())
     assert layer.rounding == 1.0
     assert layer.dropping is None
     assert torch.equal(layer(x), layer(x))

@@ -13,7 +13,7 @@ HEAVY = ("torch", "torchvision", "numpy", "numba", "onnx", "onnxruntime", "safet
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".config", ".errors", ".progress", ".methods", ".report.page", ".report.commands"]
+    "module", ["", ".config", ".cli", ".errors", ".progress", ".methods", ".report.page", ".report.commands"]
 )
 def test_light_modules_load_no_torch(module: str) -> None:
     program = (

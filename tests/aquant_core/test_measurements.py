@@ -94,7 +94,10 @@ def test_histogram_counts_every_input_once() -> None:
     model, _ = network(torch.ones(1, 1, 3, 3), padding=1, scale=0.5, zero_point=1)
     x = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0)) * 2
     x[0] = 0
-    distribution = measured(model, x)[1]["distribution"]
+    of_input = measured(model, x)[1]
+    distribution = of_input["distribution"]
+    beyond = (x < -0.75) | (x > 1.25)  # codes 0 to 3 stand for -0.5 to 1
+    assert of_input["clipped_share"] == pytest.approx(float(beyond.float().mean()), abs=1e-6)
     assert (distribution["low"], distribution["high"]) == (-0.5, 1.0)
     histogram = distribution["histogram"]
     assert (histogram["low"], histogram["high"]) == (-1.0, 2.0)  # t from -1 to 5

@@ -147,8 +147,9 @@ def test_a_rounding_learns_nothing_and_flips_at_inference() -> None:
 
 def test_nearest_learns_nothing() -> None:
     stages: list[str] = []
-    result = run(lambda progress: stages.append(progress.stage), method="nearest")
+    result = run(lambda progress: stages.append(progress.stage), method="nearest", sensitivity=False)
     assert stages == ["capture", "nearest", "evaluate"]
+    assert result.report["sensitivity"] is None
     assert result.report["blocks"] == []
     fidelity = result.report["fidelity"]
     assert fidelity["nearest"] == fidelity["quantized"]
@@ -217,8 +218,8 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     told: list[Progress] = []
     run(told.append)
     stages = [progress.stage for progress in told]
-    assert list(dict.fromkeys(stages)) == ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
-    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
+    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"]
+    assert list(dict.fromkeys(stages)) == order
     assert stages == sorted(stages, key=order.index)
     steps = [progress for progress in told if progress.stage == "reconstruct"]
     positions = [(progress.block, progress.iteration) for progress in steps]
@@ -230,7 +231,7 @@ def test_stages_come_in_order_and_progress_rises() -> None:
     assert steps[-1].eta_seconds == 0
 
 
-@pytest.mark.parametrize("stage", ["capture", "forecast", "nearest", "reconstruct", "evaluate"])
+@pytest.mark.parametrize("stage", ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"])
 def test_an_exception_in_on_progress_ends_the_run_and_propagates(stage: str) -> None:
     told: list[str] = []
     raised = CancelledError("enough")
@@ -379,7 +380,8 @@ def test_an_output_placed_method_may_lead() -> None:
 def test_progress_names_the_methods(compared: tuple[QuantizationResult, list[Progress]]) -> None:
     result, told = compared
     learned = ["aquant", "qdrop", "adaround", "qdrop_refactored"]
-    assert list(dict.fromkeys(p.stage for p in told)) == ["capture", "forecast", "nearest", "reconstruct", "evaluate"]
+    order = ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity"]
+    assert list(dict.fromkeys(p.stage for p in told)) == order
     by_stage = {stage: [p.method for p in told if p.stage == stage] for stage in ("capture", "nearest")}
     assert by_stage == {"capture": [None], "nearest": [None]}
     # One check before each of the four blocks, the mean's included.

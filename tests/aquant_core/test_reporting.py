@@ -50,6 +50,7 @@ def test_the_gap_is_of_as_many_calibration_images_as_were_evaluated(report: dict
     gap = report["gap"]
     assert gap["calibration"]["n"] == gap["held_out"]["n"] == 20  # of 40
     assert gap["held_out"] == report["fidelity"]["quantized"]
+    assert gap["agreement"] != 0
     assert gap["agreement"] == pytest.approx(gap["calibration"]["agreement"] - gap["held_out"]["agreement"])
     assert gap["interval"][0] <= gap["agreement"] <= gap["interval"][1]
     assert set(gap["accuracy"]) == {"float", "quantized"}

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 import aquant_core
+from aquant_core import runtime
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
 from aquant_core.fold import fold_batch_norm
@@ -18,6 +20,7 @@ from aquant_core.images import ImageSet
 from aquant_core.model import QuantizedModel, quantize_to_nearest
 from aquant_core.pipeline import quantize
 from aquant_core.runtime import IntegerModel, fused_nodes
+from cupy_kernels.packing import route_of
 
 IMAGES = torch.rand(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -89,6 +92,28 @@ def test_a_loaded_checkpoint_runs(tmp_path: Path, changes: dict[str, Any]) -> No
     result.save(tmp_path / "quantized.safetensors")
     loaded = aquant_core.load(tmp_path / "quantized.safetensors")
     assert torch.equal(aquant_core.IntegerModel(loaded)(IMAGES), IntegerModel(result.model)(IMAGES))
+
+
+def test_thresholds_are_derived_when_a_checkpoint_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fusion in ("none", "channel_mean"):
+        border = {"fusion": fusion}
+        config = QuantizationConfig(weight_bits=2, activation_bits=2, iterations=8, preset="smoke", border=border)
+        quantize(Net().eval(), ImageSet(IMAGES), config).save(tmp_path / "q.safetensors")
+        stored = load_file(tmp_path / "q.safetensors")
+        assert {name.rsplit(".", 1)[1] for name in stored} == {
+            "weight", "weight_scale", "weight_zero_point", "bias", "input_scale", "border",
+        }  # fmt: skip
+        monkeypatch.setattr(runtime, "integer_route", lambda shape, groups, _: route_of(shape, groups))  # as on a GPU
+        network = IntegerModel(aquant_core.load(tmp_path / "q.safetensors"), dtype=torch.float16)
+        expected = ["depthwise", "grouped", "downsample", "last"] if fusion == "none" else ["downsample", "last"]  # 1x1
+        by_thresholds = [name for name, layer in network.layers.items() if layer.thresholds is not None]
+        assert by_thresholds == expected
+        because = {name: layer.evaluated_because for name, layer in network.layers.items()}
+        assert all((because[name] is None) == (name in by_thresholds) for name in because)
+        if fusion == "none":
+            assert because["stem"] == "codes up to 255 would take as many thresholds; 15 are the most"
+        else:
+            assert because["grouped"] == "with fusion channel_mean a border depends on its whole window"
 
 
 def test_every_quantized_layer_runs_on_integers() -> None:

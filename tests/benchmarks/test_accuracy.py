@@ -211,6 +211,17 @@ def test_a_cell_of_other_defaults_is_measured_again(cells: ModuleType, tmp_path:
     assert results.of([cell]) == []
 
 
+def test_a_cell_of_before_a_switch_is_one_of_its_default(cells: ModuleType, tmp_path: Path) -> None:
+    results = cells.Results(tmp_path / "results.json")
+    cell = cells.Cell("W2A2", "plain", "W2A2", "aquant")
+    finished = made(cell, np.ones(4) > 0)
+    del finished["border"]["bits"]
+    results.cells[cell.key] = finished
+    assert cell in results
+    finished["border"]["bits"] = 8
+    assert cell not in results
+
+
 def test_the_committed_page_is_the_committed_cells(page: ModuleType, accuracy: ModuleType, cells: ModuleType) -> None:
     results = cells.Results(ROOT / "benchmarks" / "results" / "accuracy.json")
     assert (ROOT / "docs" / "results.md").read_text() == page.page(accuracy.plan(), results)

@@ -176,14 +176,22 @@ def test_parameters_of_channels_lie_by_fours(route: Route) -> None:
     assert torch.equal(of_all.thresholds, halves[:, None].expand(-1, 4)[None, None].half())
 
 
-def test_thresholds_are_for_half_precision_and_kernels() -> None:
+def test_thresholds_are_for_half_precision_and_kernels_and_the_layer_says_why_not() -> None:
     w, zeros = random_codes((4, 4, 1, 1), 15), torch.zeros(4)
-    border = torch.zeros(2, 4, 1)
-    for route, dtype, has in (
-        ("columns", torch.float16, True), ("columns", torch.float32, False), ("reference", torch.float16, False),
+    border, steep = torch.zeros(2, 4, 1), torch.zeros(2, 4, 1)
+    steep[1, 3] = 15 / 0.625
+    for route, dtype, given, why in (
+        ("columns", torch.float16, border, None),
+        ("columns", torch.float16, None, None),
+        ("columns", torch.float32, border, "thresholds equal evaluation over fp16 inputs alone"),
+        ("reference", torch.float16, border, "plain torch evaluates borders"),
+        ("columns", torch.float16, steep, "the border of channel 3 at position 0 may rise with dB/dt = 1, 0.99 is the "
+         "most (1 of 4 like it)"),
     ):  # fmt: skip
-        layer = packed(route, w, zeros, border=border, dtype=dtype)  # type: ignore[arg-type]
-        assert (layer.thresholds is not None) == has
+        layer = packed(route, w, zeros, border=given, dtype=dtype)  # type: ignore[arg-type]
+        assert layer.evaluated_because == why
+        assert (layer.thresholds is None) == (why is not None)
+        assert layer.to(torch.device("cpu")).evaluated_because == why
 
 
 def test_scales_and_biases() -> None:

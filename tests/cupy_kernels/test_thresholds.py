@@ -7,11 +7,20 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from cupy_kernels import reference
+from cupy_kernels import reference, thresholds
 from cupy_kernels.specification import BorderSpecification, Bound, Window
-from cupy_kernels.thresholds import codes_of, derive, has_thresholds
+from cupy_kernels.thresholds import (
+    NoThresholdsError,
+    check_thresholds,
+    codes_of,
+    derive,
+    has_thresholds,
+    search,
+)
 
 BITS = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
 HALVES = BITS[~BITS.isnan()].sort().values
@@ -137,8 +146,10 @@ def test_what_would_go_wrong_by_hand() -> None:
     assert not has_thresholds(border, spec)
     x = torch.tensor([0.2, 0.75])
     assert reference_codes(x, scale, border, spec).flatten().tolist() == [1, 0]
-    found = derive(border, scale, spec, torch.float32)
+    found = search(border, scale, spec, torch.float32)
     assert counted(x, found[0]).flatten().tolist() != [1, 0]
+    with pytest.raises(NoThresholdsError, match=r"channel 0 at position 0 may rise with dB/dt = 2, 0\.99 is the most"):
+        derive(border, scale, spec, torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -156,5 +167,60 @@ def test_refused_where_a_threshold_lies_next_to_zero(
     spec, s = BorderSpecification(7, zero_point, bound, fused=False), torch.tensor(scale)
     border = torch.tensor([[[b0]], [[b1]]])
     assert not has_thresholds(border, spec)
-    found = derive(border, s, spec, torch.float16)
+    with pytest.raises(
+        NoThresholdsError, match=r"channel 0 at position 0 is B = \S+ at x = 0, too close to an integer"
+    ):
+        derive(border, s, spec, torch.float16)
+    found = search(border, s, spec, torch.float16)
     assert not torch.equal(counted(HALVES, found[0]), reference_codes(HALVES, s, border, spec))
+
+
+def test_the_position_at_fault_is_named() -> None:
+    border = torch.zeros(3, 4, 9)
+    border[1, 2, 5], border[1, 3, 0] = 7 / 0.625 * 1.5, 7 / 0.625 * 2
+    with pytest.raises(
+        NoThresholdsError,
+        match=r"channel 2 at position 5 may rise with dB/dt = 1\.5, 0\.99 is the most \(2 of 36 like it\)",
+    ):
+        derive(border, torch.tensor(0.1), BY_POSITION, torch.float16)
+    with pytest.raises(NoThresholdsError, match="with fusion channel_mean a border depends on its whole window"):
+        check_thresholds(border, replace(BY_POSITION, fused=True))
+    with pytest.raises(NoThresholdsError, match="codes up to 31 would take as many thresholds; 15 are the most"):
+        check_thresholds(border, replace(BY_POSITION, levels=31))
+
+
+def test_what_does_not_tell_the_codes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has come out of the search, each threshold is tried on the values beside it."""
+    border, scale = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(0)) * 0.5, torch.tensor(0.3)
+    right = derive(border, scale, BY_POSITION, torch.float16)
+    for level, channel, position in ((0, 0, 0), (6, 3, 8), (3, 1, 4)):
+        for away in (-torch.inf, torch.inf):
+            wrong = right.clone()
+            wrong[position, level, channel] = torch.nextafter(
+                right[position, level, channel], torch.tensor(away).half()
+            )
+            monkeypatch.setattr(thresholds, "search", lambda *_, found=wrong: found)
+            with pytest.raises(NoThresholdsError, match=f"channel {channel} at position {position} has another code"):
+                derive(border, scale, BY_POSITION, torch.float16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bound=st.sampled_from(get_args(Bound)),
+    levels=st.sampled_from([3, 7, 15]),
+    share=st.floats(0, 1),
+    scale=st.floats(2.0**-12, 8, width=32),
+    coefficients=st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3),
+    terms=st.integers(2, 3),
+)
+def test_any_border_has_thresholds_that_are_right_or_a_reason(
+    bound: Bound, levels: int, share: float, scale: float, coefficients: list[float], terms: int
+) -> None:
+    spec = BorderSpecification(levels, round(share * levels), bound, fused=False)
+    border, step = torch.tensor(coefficients[:terms])[:, None, None], torch.tensor(scale)
+    if not has_thresholds(border, spec):
+        with pytest.raises(NoThresholdsError, match="channel 0 at position 0"):
+            derive(border, step, spec, torch.float16)
+        return
+    found = derive(border, step, spec, torch.float16)
+    assert torch.equal(counted(HALVES, found[0]), reference_codes(HALVES, step, border, spec))

@@ -15,24 +15,36 @@ import threading
 import tomllib
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import yaml
 from pydantic import AliasChoices
-from sqlalchemy import update
+from sqlalchemy import make_url, update
 from sqlalchemy.orm import Session
 
+from service.cli import app
 from service.jobs.database import migrate, open_database
 from service.jobs.queue import make_celery
 from service.jobs.records import WorkerRecord
 from service.jobs.repository import JobRepository, now
+from service.passwords import BUCKET, make_passwords
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DCLINT = "dclint@3"
 WORKERS = ["worker", "worker-gpu"]
-OWN = ["api", *WORKERS]
-ALL = [*OWN, "redis"]
+ONCE = ["secrets", "migrate"]
+SERVERS = ["redis", "postgres", "s3"]
+CONFIGURED = ["migrate", "api", *WORKERS]
+OWN = ["secrets", *CONFIGURED]
+STAYING = ["api", *WORKERS, *SERVERS]
+ALL = [*ONCE, *STAYING]
+DEVICES: dict[str, Literal["cpu", "cuda"]] = {"worker": "cpu", "worker-gpu": "cuda"}
+READERS = {"postgres": "postgres", "redis": "redis", "s3": "s3"} | dict.fromkeys(CONFIGURED, "aquant")
+"""Whose secrets each service has."""
+AWS = {"AWS_ENDPOINT_URL", "AWS_SHARED_CREDENTIALS_FILE"}
+"""What is read beside the settings."""
 
 
 def known_settings() -> set[str]:
@@ -73,25 +85,93 @@ def test_these_are_the_services(services: dict[str, Any]) -> None:
     assert sorted(services) == sorted(ALL)
 
 
-@pytest.mark.parametrize("name", OWN)
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Target of each mount, with the name of its volume (none for an anonymous one)."""
+    found = {}
+    for mount in service.get("volumes", []):
+        if isinstance(mount, str):
+            source, _, target = mount.rpartition(":")
+            found[target] = source
+        else:
+            assert mount["type"] == "volume"
+            found[mount["target"]] = mount["source"]
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_every_setting_is_one_that_is_read_and_valid(
-    name: str, services: dict[str, Any], dockerfile: Any, bare_environment: pytest.MonkeyPatch
+    name: str, services: dict[str, Any], dockerfile: Any, bare_environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    image = dockerfile.environment(services[name]["build"]["target"])
-    environment = image | services[name]["environment"]
-    ours = {variable: value for variable, value in environment.items() if variable.startswith("AQUANT_")}
-    assert ours
-    assert sorted(ours.keys() - known_settings()) == []
+    image = dockerfile.environment("api" if name == "migrate" else services[name]["build"]["target"])
+    given = services[name]["environment"]
+    assert sorted(given.keys() - known_settings() - AWS) == []
+    ours = {variable: value for variable, value in (image | given).items() if variable in known_settings()}
+    assert ours.pop("AQUANT_SECRETS_DIR") == "/secrets"
     for variable, value in ours.items():
         bare_environment.setenv(variable, value)
-    settings = Settings()
-    assert settings.broker_url == "redis://redis:6379/0"
-    expected = Settings(data_dir=Path("/data"), broker_url=settings.broker_url, log_format="json")
-    assert settings == expected  # what is left empty is the default
+    expected = Settings(
+        data_dir=Path("/data"),
+        artifacts_url="s3://aquant/artifacts",
+        log_format="json",
+        device=DEVICES.get(name, "auto"),
+    )
+    assert Settings() == expected  # what is left empty is the default
+    # The two addresses with a password are in files.
+    make_passwords(folders(tmp_path))
+    settings = Settings(secrets_dir=tmp_path / "aquant")
+    assert make_url(settings.database).render_as_string() == "postgresql://aquant:***@postgres/aquant"
+    assert re.fullmatch(r"redis://:[0-9a-f]{64}@redis:6379/0", str(settings.broker_url))
 
 
-def test_api_and_workers_have_the_same_settings(services: dict[str, Any]) -> None:
-    assert all(services[name]["environment"] == services["api"]["environment"] for name in WORKERS)
+def test_api_migration_and_workers_have_the_same_settings(services: dict[str, Any]) -> None:
+    shared = services["api"]["environment"]
+    assert services["migrate"]["environment"] == shared
+    for name in WORKERS:
+        own = {"AQUANT_DEVICE", "AQUANT_MEMORY_BYTES", "AQUANT_DEVICE_MEMORY_BYTES"}
+        assert {key: value for key, value in services[name]["environment"].items() if key not in own} == shared
+
+
+def folders(root: Path) -> Path:
+    """As the volumes of the service `secrets`."""
+    for name in ("seed", "aquant", "postgres", "redis", "s3"):
+        (root / name).mkdir()
+    return root
+
+
+def test_no_secret_is_in_the_file(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        for variable, value in service.get("environment", {}).items():
+            assert "@" not in value, f"{name}: {variable} has a user in it"
+            if re.search("PASSWORD|SECRET|KEY|CREDENTIALS", variable):
+                assert value.startswith("/secrets"), f"{name}: {variable} is no file"
+
+
+def test_a_service_has_its_own_secrets_and_no_others(services: dict[str, Any], dockerfile: Any) -> None:
+    made = services["secrets"]["volumes"]
+    (creation,) = (run for run in dockerfile.stages["api"].all("RUN") if "/volumes" in run)
+    assert sorted(made) == sorted(
+        [
+            *(f"secrets-{reader}:/volumes/{reader}" for reader in ("seed", "aquant", "postgres", "redis", "s3")),
+            "store:/volumes/store",
+        ]
+    )
+    # An empty volume takes owner and mode from the image's folder at the place it is mounted to.
+    assert creation.split()[:7] == ["install", "-d", "-o", "aquant", "-g", "aquant", "-m"]
+    assert sorted(creation.split()[8:]) == sorted(mount.partition(":")[2] for mount in made)
+    assert creation.split()[7] == "0750"
+    assert services["secrets"]["command"] == ["python", "-m", "service.passwords", "/volumes"]
+    for name, reader in READERS.items():
+        (mount,) = (mount for mount in services[name]["volumes"] if "secrets" in str(mount))
+        assert mount == {
+            "type": "volume",
+            "source": f"secrets-{reader}",
+            "target": "/secrets",
+            "read_only": True,
+            "volume": {"nocopy": True},
+        }
+        # The files are for their group to read.
+        groups = [services[name]["user"].partition(":")[2], *services[name].get("group_add", [])]
+        assert "10001" in groups
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -105,32 +185,66 @@ def test_a_service_has_no_more_rights_than_it_needs(name: str, services: dict[st
     assert "privileged" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["read_only"] is True
-    assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
+    sockets = ["/var/run/postgresql"] if name == "postgres" else []
+    assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp", *sockets]
+    assert all("size=" in mount for mount in service["tmpfs"])
+    assert {"max-size", "max-file"} <= service["logging"]["options"].keys()  # logs do not fill the disk
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", STAYING)
 def test_a_service_comes_back_and_is_watched(name: str, services: dict[str, Any]) -> None:
     assert services[name]["restart"] == "unless-stopped"
     check = services[name]["healthcheck"]
     assert seconds(check["timeout"]) <= seconds(check["interval"])
     assert check["test"]
-    for needed, how in services[name].get("depends_on", {}).items():
-        assert how == {"condition": "service_healthy"}
-        assert "profiles" not in services[needed]  # it is there whatever profile is chosen
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_one_shot_ends(name: str, services: dict[str, Any]) -> None:
+    assert services[name]["restart"] == "no"
+    assert "healthcheck" not in services[name]
+
+
+def test_everything_begins_after_what_it_needs(services: dict[str, Any]) -> None:
+    needs = {name: set(service.get("depends_on", {})) for name, service in services.items()}
+    runtime = {"migrate", "redis"}
+    assert needs == {
+        "secrets": set(),
+        "migrate": {"postgres", "s3"},
+        **{name: {"secrets"} for name in SERVERS},
+        **dict.fromkeys(("api", *WORKERS), runtime),
+    }
+    for service in services.values():
+        for needed, how in service.get("depends_on", {}).items():
+            condition = "service_completed_successfully" if needed in ONCE else "service_healthy"
+            assert how == {"condition": condition}
+            assert "profiles" not in services[needed]  # it is there whatever profile is chosen
 
 
 def test_one_profile_is_all_there_is_to_choose(services: dict[str, Any]) -> None:
-    profiles = {name: service.get("profiles", []) for name, service in services.items()}
-    assert profiles == {"api": [], "redis": [], "worker": ["cpu"], "worker-gpu": ["gpu"]}
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    assert profiles == {"worker": ["cpu"], "worker-gpu": ["gpu"]}
+
+
+def test_the_migration_is_a_command_of_the_project(services: dict[str, Any]) -> None:
+    python, option, module, command = services["migrate"]["command"]
+    assert (python, option, module) == ("python", "-m", "service.cli")
+    assert command in {found.name or found.callback.__name__ for found in app.registered_commands if found.callback}
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_what_is_built_is_in_the_dockerfile(name: str, services: dict[str, Any], dockerfile: Any) -> None:
     build = services[name]["build"]
-    assert build["target"] == ("api" if name == "api" else "worker")
+    assert build["target"] == ("worker" if name in WORKERS else "api")
     assert set(build["args"]) <= dockerfile.declared(build["target"])
     assert dockerfile.stages[build["target"]].all("USER") == [services[name]["user"]]
-    assert "command" not in services[name]  # the image's own
+    assert ("command" in services[name]) == (name in ONCE)  # else the image's own
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_the_image_of_a_server_can_be_chosen(name: str) -> None:
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
+    assert re.fullmatch(rf"\$\{{{name.upper()}_IMAGE:-[^:]+:[0-9][^}}]*\}}", written["image"])
 
 
 def test_the_workers_differ_in_their_extras_and_the_gpu(services: dict[str, Any]) -> None:
@@ -140,29 +254,40 @@ def test_the_workers_differ_in_their_extras_and_the_gpu(services: dict[str, Any]
     assert extras["worker-gpu"] <= project["optional-dependencies"].keys()
     assert "deploy" not in services["worker"]
     (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    # One process per GPU: a container with more would leave the rest idle.
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "device_ids": ["0"], "capabilities": ["gpu"]}
 
 
-def test_data_is_shared_and_working_files_are_not(
+def test_what_is_kept_is_in_volumes_of_its_own(
     services: dict[str, Any], compose: dict[str, Any], bare_environment: pytest.MonkeyPatch
 ) -> None:
     bare_environment.setenv("AQUANT_DATA_DIR", services["api"]["environment"]["AQUANT_DATA_DIR"])
-    settings = Settings()
-    assert services["api"]["volumes"] == [f"data:{settings.data_dir}"]
-    for name in WORKERS:
-        assert services[name]["volumes"] == [f"data:{settings.data_dir}", f"{settings.work_dir}"]
-    assert set(compose["volumes"]) == {"data", "broker"}
+    for name in WORKERS:  # working files are the container's own
+        assert mounts(services[name]) == {"/secrets": "secrets-aquant", str(Settings().work_dir): ""}
+    assert set(mounts(services["api"])) == set(mounts(services["migrate"])) == {"/secrets"}
+    assert mounts(services["redis"])["/data"] == "broker"
+    database = services["postgres"]["environment"]["PGDATA"]
+    assert mounts(services["postgres"])[str(Path(database).parent)] == "database"
+    folder = next(option for option in services["s3"]["command"] if option.startswith("-dir="))
+    assert mounts(services["s3"])[folder.removeprefix("-dir=")] == "store"
+    used = {volume for service in services.values() for volume in mounts(service).values()} - {""}
+    assert set(compose["volumes"]) == used
 
 
-def test_only_the_api_is_published_and_only_here(services: dict[str, Any], compose: dict[str, Any]) -> None:
+def test_only_the_api_is_published_and_only_here(services: dict[str, Any]) -> None:
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
     assert services["api"]["ports"] == [{"host_ip": "127.0.0.1", "published": "8000", "target": 8000}]
     assert services["api"]["environment"]["AQUANT_PUBLISHED_ON"] == "127.0.0.1"
-    api = compose["services"]["api"]
-    assert api["environment"]["AQUANT_PUBLISHED_ON"] == api["ports"][0]["host_ip"]  # whatever it is set to
-    assert compose["networks"]["inside"] == {"internal": True}
-    assert all(services[name]["networks"] == ["inside"] for name in [*WORKERS, "redis"])
+    written = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["api"]
+    assert written["environment"]["AQUANT_PUBLISHED_ON"] == written["ports"][0]["host_ip"]  # whatever it is set to
+
+
+def test_nothing_but_the_api_has_a_way_out(services: dict[str, Any], compose: dict[str, Any]) -> None:
+    assert compose["networks"] == {"inside": {"internal": True}, "outside": None}
+    reach = {name: service.get("networks", service.get("network_mode")) for name, service in services.items()}
+    assert reach.pop("api") == ["outside", "inside"]
+    assert reach.pop("secrets") == "none"
+    assert all(networks == ["inside"] for networks in reach.values())
+    assert not any("network_mode" in services[name] for name in reach)
 
 
 @pytest.mark.parametrize("name", WORKERS)
@@ -182,14 +307,22 @@ def test_the_api_is_given_the_time_it_takes_to_stop(services: dict[str, Any], do
 
 
 def test_the_broker_keeps_every_message(services: dict[str, Any]) -> None:
-    command = services["redis"]["command"]
-    options = dict(zip(command[1::2], command[2::2], strict=True))
+    program, configuration, *rest = services["redis"]["command"]
+    assert (program, configuration) == ("redis-server", "/secrets/redis.conf")
+    options = dict(zip(rest[::2], rest[1::2], strict=True))
     assert options["--appendonly"] == "yes"
     assert options["--maxmemory-policy"] == "noeviction"
-    assert services["redis"]["volumes"] == ["broker:/data"]
 
 
-@pytest.mark.parametrize("name", OWN)
+def test_of_the_s3_server_only_what_asks_for_keys_is_heard(services: dict[str, Any]) -> None:
+    options = dict(option.partition("=")[::2] for option in services["s3"]["command"])
+    assert options["-ip.bind"] == "127.0.0.1"
+    assert (options["-s3.ip.bind"], options["-s3.config"]) == ("0.0.0.0", "/secrets/s3.json")
+    assert services["api"]["environment"]["AWS_ENDPOINT_URL"] == f"http://s3:{options['-s3.port']}"
+    assert services["api"]["environment"]["AQUANT_ARTIFACTS_URL"].startswith(f"s3://{BUCKET}/")
+
+
+@pytest.mark.parametrize("name", ["api", *WORKERS])
 def test_the_images_own_health_check_is_the_same(name: str, services: dict[str, Any], dockerfile: Any) -> None:
     check = services[name]["healthcheck"]
     options, _, command = dockerfile.stages[services[name]["build"]["target"]].all("HEALTHCHECK")[0].partition(" CMD ")
@@ -246,6 +379,14 @@ def test_a_worker_is_healthy_while_it_signs_in(services: dict[str, Any], tmp_pat
         assert status() == 1
     finally:
         engine.dispose()
+
+
+def test_what_can_be_set_is_in_the_manual(services: dict[str, Any]) -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    build = {argument for name in OWN for argument, value in services[name]["build"]["args"].items() if value is None}
+    table = (ROOT / "docs/operations.md").read_text().partition("Variables, from the shell")[2].partition("\n\n**")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {*re.findall(r"\$\{(\w+):-", text), *build}
 
 
 def test_the_compose_file_passes_its_linter() -> None:

@@ -102,6 +102,22 @@ def test_progress_was_shown_on_the_way(finished: tuple[JobDocument, list[JobDocu
     assert {one.progress.method for one in seen} >= {"aquant", "qdrop"}
 
 
+def test_events_tell_every_stage_and_block(stack: Stack, finished: tuple[JobDocument, list[JobDocument]]) -> None:
+    job, _ = finished
+    lines = httpx.get(f"{stack.url}{job.links.events}").text.splitlines()
+    kinds = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    events = list(zip(kinds, data, strict=True))
+    states = [event["state"] for kind, event in events if kind == "state"]
+    assert states == ["queued", "running", "succeeded"]
+    stages = [event["stage"] for kind, event in events if kind == "stage"]
+    assert stages == ["capture", "forecast", "nearest", "reconstruct", "evaluate", "save"]
+    blocks = [(event["block"], event["method"]) for kind, event in events if kind == "block"]
+    count = job.progress.blocks or max(number for number, _ in blocks)
+    assert sorted(blocks) == [(number, method) for number in range(1, count + 1) for method in ("aquant", "qdrop")]
+    assert all(event["loss"] > 0 for kind, event in events if kind == "block")
+
+
 def test_report_and_checkpoint_are_those_of_the_job(
     client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
 ) -> None:
@@ -134,12 +150,32 @@ def test_checkpoint_comes_in_ranges(stack: Stack, finished: tuple[JobDocument, l
     assert b"".join(part.content for part in parts) == whole
 
 
+def test_onnx_decides_as_the_checkpoint(
+    client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
+) -> None:
+    import onnxruntime
+    import torch
+
+    from aquant_core import load
+    from aquant_core.images import read_images
+
+    job, _ = finished
+    assert job.links.onnx == f"/jobs/{job.id}/onnx"
+    assert client.download(job.id, tmp_path / "q.onnx", "onnx") == job.files["onnx"].sha256
+    client.download(job.id, tmp_path / "q.safetensors")
+    images = read_images(EVALUATION, what="evaluation").images[:200]
+    session = onnxruntime.InferenceSession(tmp_path / "q.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input": images.numpy()})
+    with torch.no_grad():
+        assert (logits.argmax(1) == load(tmp_path / "q.safetensors")(images).argmax(1).numpy()).all()
+
+
 def test_loaded_checkpoint_gives_the_logits_the_worker_evaluated(
     client: Client, finished: tuple[JobDocument, list[JobDocument]], tmp_path: Path
 ) -> None:
     import torch
 
-    from aquant_core.checkpoint import load
+    from aquant_core import load
     from aquant_core.images import read_images
 
     job, _ = finished
@@ -191,7 +227,7 @@ def test_trace_goes_from_the_request_to_the_blocks(
     assert attempt.attributes["aquant.job.state"] == "succeeded"
     stages = sorted((span for span in whole if span.parent == attempt.id), key=lambda span: span.start)
     assert [span.name for span in stages] == [
-        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "save",
+        "intake", "capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save",
     ]  # fmt: skip
     reconstruct = next(span for span in stages if span.name == "reconstruct")
     blocks = [span for span in whole if span.parent == reconstruct.id]

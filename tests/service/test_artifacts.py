@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from servers import S3, STORES
 
-from service.artifacts import Artifacts, ArtifactsDownError, UnsupportedStoreError, job_prefix, open_artifacts
+from service.artifacts import Artifacts, ArtifactsDownError, job_prefix, open_artifacts
+from service.s3 import UnsupportedStoreError, create_bucket
 from service.settings import Settings
 
 in_every_store = pytest.mark.parametrize("storage", STORES, indirect=True)
@@ -189,6 +190,60 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 @in_every_store
 def test_a_sound_store_passes_the_check(artifacts: Artifacts) -> None:
     artifacts.check()
+
+
+@in_every_store
+def test_a_store_that_is_there_is_left_as_it_is(artifacts: Artifacts) -> None:
+    put(artifacts, "jobs/a/model")
+    artifacts.create()
+    assert artifacts.keys("jobs") == ["jobs/a/model"]
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
+def test_a_bucket_is_made_once(s3: S3, monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    for name, value in (s3.environment() | {"AWS_REGION": region}).items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://made-in-{region}/x"
+    artifacts = open_artifacts(url)
+    with pytest.raises(ArtifactsDownError, match="NoSuchBucket"):
+        artifacts.check()
+    artifacts.create()
+    put(artifacts, "jobs/a/model")
+    artifacts.create()
+    create_bucket(url)  # as the second of two that found none does
+    assert artifacts.keys("jobs") == ["jobs/a/model"]
+
+
+def test_a_bucket_that_cannot_be_made_says_why(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArtifactsDownError, match=r"s3://Under_Score/x cannot be used: .*InvalidBucketName"):
+        open_artifacts("s3://Under_Score/x").create()
+
+
+def test_keys_are_read_from_amazons_file(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = s3.environment()
+    lines = [f"{name.lower()} = {keys.pop(name)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    file = tmp_path / "credentials"
+    file.write_text("\n".join(["[default]", "aws_access_key_id = other", "", "[of the tests]", *lines]))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    changes = {"AWS_SHARED_CREDENTIALS_FILE": str(file), "AWS_PROFILE": "of the tests"}
+    for name, value in (keys | changes).items():
+        monkeypatch.setenv(name, value)
+    open_artifacts(s3.url()).check()
+    monkeypatch.delenv("AWS_PROFILE")
+    with pytest.raises(UnsupportedStoreError, match=r"credentials lacks them\. It needs a section \[default\]"):
+        open_artifacts(s3.url())
+    file.unlink()
+    with pytest.raises(UnsupportedStoreError, match=r"AWS_SHARED_CREDENTIALS_FILE.*No such file"):
+        open_artifacts(s3.url())
+
+
+@in_every_store
+def test_a_store_is_tried_out_without_a_trace(artifacts: Artifacts) -> None:
+    artifacts.try_out("jobs/a/")
+    assert artifacts.keys("jobs") == []
 
 
 @in_a_folder

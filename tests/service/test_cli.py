@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_a_config_that_is_no_object_is_refused(
 def test_a_file_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def download(_client: Client, _job_id: str, path: Path) -> str:
+    def download(_client: Client, _job_id: str, path: Path, _what: str) -> str:
         path.write_bytes(b"")  # where there is no folder
         return ""
 
@@ -81,3 +83,24 @@ def test_a_file_that_cannot_be_written_is_named(
     assert run(monkeypatch, "download", "x", "-o", str(tmp_path / "none" / "x")) == 2
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "cannot be written: No such file or directory" in error
+
+
+def test_migrate_makes_schema_and_store_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("AQUANT_DATABASE_URL", "AQUANT_ARTIFACTS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AQUANT_DATA_DIR", str(tmp_path / "data"))
+    for _ in range(2):
+        assert run(monkeypatch, "migrate") == 0
+    assert (tmp_path / "data/artifacts").is_dir()
+    with closing(sqlite3.connect(tmp_path / "data/aquant.sqlite3")) as database:
+        assert database.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
+    (tmp_path / "data/artifacts").rmdir()
+    (tmp_path / "data/artifacts").touch()
+    assert run(monkeypatch, "migrate") == 1
+    monkeypatch.setenv("AQUANT_DATABASE_URL", "mysql://nowhere/x")
+    assert run(monkeypatch, "migrate") == 1
+    errors = capsys.readouterr().err
+    assert "Check that AQUANT_ARTIFACTS_URL (or AQUANT_DATA_DIR) names a folder" in errors
+    assert "'mysql' is not a kind of database served here" in errors

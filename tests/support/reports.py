@@ -21,7 +21,8 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
         self.first = nn.Conv2d(6, 6, 3, padding=1)
         self.second = nn.Conv2d(6, 6, 3, padding=1)
-        self.fc = nn.Linear(6, 5)
+        self.fc = nn.Linear(6, 5, bias=False)
+        nn.init.normal_(self.fc.weight, std=3.0)  # else it decides for one class, whatever the image
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
@@ -35,7 +36,8 @@ def run(labels: bool = True, preset: Preset | None = None, **changes: Any) -> di
     torch.manual_seed(0)
     net = Net().eval()
     generator = torch.Generator().manual_seed(1)
-    images, classes = torch.randn(60, 3, 12, 12, generator=generator), torch.randint(5, (60,), generator=generator)
+    images = torch.randn(60, 3, 12, 12, generator=generator) + torch.randn(60, 3, 1, 1, generator=generator)
+    classes = torch.randint(5, (60,), generator=generator)
     calibration = ImageSet(images[:40], classes[:40] if labels else None)
     evaluation = ImageSet(images[40:], classes[40:] if labels else None)
     config = {"weight_bits": 2, "activation_bits": 2, **changes}

@@ -142,3 +142,26 @@ def test_wordless_end_has_a_reason(
     with pytest.raises(IntakeFailedError) as caught:
         enter(claimed(model=("onnx", b"x"), calibration=("npz", b"x")))
     assert (caught.value.problem.code, isinstance(caught.value, IntakeLostError)) == (code, lost)
+
+
+@in_a_folder
+def test_only_the_childs_own_words_are_kept(
+    enter: Callable[[Claim], admission.Intake],
+    claimed: Claimed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A child that an upload has taken over says what it likes."""
+
+    def run(_argv: object, _folder: object, _limits: object, on_line: Callable[[str], None], _stop: object) -> Outcome:
+        for line in ("[" * 100_000, "no JSON", "[1]", '"word"', '{"confined": ["limits"]}', '{"confined": ["all"]}'):
+            on_line(line)
+        on_line('{"junk": 1, "problem": {"title": "T", "code": "c", "detail": "d\\u0000", "remedy": "r"}}')
+        return Outcome(1, timed_out=False, stopped=False, stderr="")
+
+    monkeypatch.setattr(admission.sandbox, "run", run)
+    with pytest.raises(IntakeFailedError) as caught, caplog.at_level("INFO"):
+        enter(claimed(model=("onnx", b"x"), calibration=("npz", b"x")))
+    assert (caught.value.problem.code, caught.value.problem.detail) == ("c", "d ")
+    assert "does not confine the intake in its files, system calls, privileges" in caplog.text
+    assert caplog.text.count("is confined in its") == 1

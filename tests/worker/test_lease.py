@@ -163,6 +163,20 @@ def test_mapped_files_are_not_counted(settings: Settings) -> None:
         assert own_memory() - before < 32 << 20
 
 
+def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    slow = settings.model_copy(update={"heartbeat_seconds": 3600})
+    with Lease(claimed(), slow, sessions, not_overdue) as lease:
+        lease.report(Progress("forecast", forecast=FORECAST))
+        lease.write()
+        with sessions() as session:
+            job = JobRepository(session).get("job")
+        assert (job.stage, (job.progress or {})["forecast"]) == ("forecast", FORECAST)
+        with sessions.begin() as session:
+            JobRepository(session).cancel("job")
+        with pytest.raises(JobCancelledError):
+            lease.write()
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_work_that_does_not_stop_is_overdue(
     settings: Settings, sessions: Sessions, claimed: Claimed, monkeypatch: pytest.MonkeyPatch, lost: bool
@@ -191,3 +205,40 @@ def test_work_over_its_time_is_overdue_though_it_never_looks(
     brief = settings.model_copy(update={"job_seconds": 0.1})
     with Lease(claimed(), brief, sessions, lambda *_: overdue.set()):
         assert overdue.wait(20)
+
+
+def test_stages_and_blocks_are_written_down(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    """None is missed, however fast they come; the last at the latest when the attempt ends."""
+    rare = settings.model_copy(update={"heartbeat_seconds": 3600.0})
+    claim = claimed()
+    with Lease(claim, rare, sessions, not_overdue) as lease:
+        for stage in ("capture", "reconstruct", "reconstruct", "save"):
+            lease.report(Progress(stage))  # type: ignore[arg-type]
+        lease.note_block("aquant", 1, 2, math.inf)
+        lease.note_block("aquant", 2, 2, 0.5)
+        lease.flush()
+        lease.flush()
+    with sessions() as session:
+        _, events = JobRepository(session).events_after("job", 0, 100)
+    happened = [(event.number, event.kind, event.data) for event in events if event.kind != "state"]
+    block = {"method": "aquant", "blocks": 2, "attempt": 1}
+    assert [(kind, data) for _, kind, data in happened] == [
+        ("stage", {"stage": "capture", "attempt": 1}),
+        ("stage", {"stage": "reconstruct", "attempt": 1}),
+        ("stage", {"stage": "save", "attempt": 1}),
+        ("block", {**block, "block": 1, "loss": None}),
+        ("block", {**block, "block": 2, "loss": 0.5}),
+    ]
+    numbers = [number for number, _, _ in happened]
+    assert numbers == list(range(numbers[0], numbers[0] + 5))
+
+
+def test_whose_claim_is_lost_writes_nothing_down(settings: Settings, sessions: Sessions, claimed: Claimed) -> None:
+    with Lease(claimed(), settings, sessions, not_overdue) as lease:
+        with sessions.begin() as session:
+            session.execute(update(JobRecord).values(attempt=2))
+        lease.note_block("aquant", 1, 2, 0.5)
+        lease.flush()
+    with sessions() as session:
+        _, events = JobRepository(session).events_after("job", 0, 100)
+    assert [event.kind for event in events if event.kind != "state"] == []

@@ -17,7 +17,7 @@ from servers import S3, Gate, PostgreSQL, Storage
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.progress import Progress
-from service.artifacts import open_artifacts
+from service.artifacts import job_prefix, open_artifacts
 from service.jobs.database import open_database
 from service.jobs.queue import JobQueue
 from service.jobs.records import JobRecord
@@ -180,6 +180,27 @@ def test_a_job_waits_for_the_store_and_is_tried_again(
     assert not back.is_alive()  # not before the store was back
     artifacts.check()
     assert shown(sessions, job_id).attempt == 2
+
+
+@pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
+def test_a_store_that_lists_but_does_not_store_is_not_back_yet(
+    make_runner: MakeRunner, settings: Settings, sessions: Sessions, claimed: Callable[..., Claim]
+) -> None:
+    job_id = queued(sessions, claimed)
+    artifacts = open_artifacts(settings.artifacts)
+    folder = settings.data_dir / "artifacts" / job_prefix(job_id)
+    back = threading.Timer(0.5, folder.unlink)
+
+    def read(*_: object) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.touch()  # a file where the job's folder should be
+        artifacts.check()
+        back.start()
+        artifacts.try_out(job_prefix(job_id))
+
+    assert make_runner(settings, read)() == JobState.QUEUED
+    assert not back.is_alive()
+    assert artifacts.keys(job_prefix(job_id)) == []
 
 
 @behind_a_store

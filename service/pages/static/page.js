@@ -71,9 +71,9 @@ function follow() {
 // The form: files dropped on a field or anywhere on it, and the upload's progress.
 
 const KINDS = [
-  ["evaluation", /(eval|test|valid).*\.(npz|npy|safetensors)$/i],
+  ["evaluation", /(eval|test|valid).*\.(npz|npy|safetensors|zip|tar|tgz|tar\.gz)$/i],
   ["model", /\.(onnx|pth|pt)$/i],
-  ["calibration", /\.(npz|npy)$/i],
+  ["calibration", /\.(npz|npy|zip|tar|tgz|tar\.gz)$/i],
   ["model", /\.safetensors$/i],
 ];
 

@@ -24,6 +24,7 @@ CONFIGS = st.fixed_dictionaries(
         "layers": st.sampled_from([{"it's": {"weight_bits": 4}}]),
         "protocol_switches": st.sampled_from([{"shortcut": "low"}]),
         "compare": st.sampled_from([["qdrop"], ["nearest", "brecq"]]),
+        "sensitivity": st.booleans(),
     },
 )
 

@@ -71,9 +71,15 @@ def with_everything(report: dict[str, Any]) -> dict[str, Any]:
         "layers": [
             {
                 "layer": "second", "bits": [2, 2], "raised_bits": [4, 4], "gain": 0.0123,
-                "interval": [0.004, 0.021], "cost_bytes": 81,
+                "interval": [0.004, 0.021], "cost_bytes": 81, "error_share": 0.31,
             }
         ],
+    }  # fmt: skip
+    tried = {"layers": {"second": [2, 2]}, "accuracy": 0.9, "drop": 0.75, "interval": [0.1, 1.4], "bytes": 900}
+    candidates = [tried | {"mean_weight_bits": 2.5, "held": False}, tried | {"mean_weight_bits": 3.25, "held": True}]
+    report["target"] = {
+        "max_accuracy_drop": 0.8, "metric": "top1", "n": 1000, "held": True, "drop": 0.75, "interval": [0.1, 1.4],
+        "candidates": candidates, "chosen": 1,
     }  # fmt: skip
     return report
 
@@ -87,7 +93,8 @@ def test_it_says_what_the_report_says(page: Page, report: dict[str, Any]) -> Non
     shown = page.shown
     accuracy = report["accuracy"]["quantized"]
     assert f"{100 * accuracy['top1']:.2f} %" in shown
-    assert "AQuant, 2-bit weights, 2-bit activations" in shown
+    assert "AQuant, bits searched by layer" in shown
+    assert "Held : the drop is 0.75 points" in shown
     assert "Few images." in shown
     assert "+1.23" in shown  # the sensitivity's gain
     for name in ("Float", "Rounding to nearest", "QDrop", "AQuant"):
@@ -187,6 +194,7 @@ def test_columns_line_up(page: Page) -> None:
 def test_older_reports(report: dict[str, Any]) -> None:
     old = Page(render(old_report()))
     assert "90.60 %" in old.shown
+    assert "AQuant, 2-bit weights, 2-bit activations" in old.shown
     assert "layer3.1.conv2" in old.shown
     assert "Activations and borders" not in old.shown
     del report["gap"], report["differences"], report["operations"], report["repeat"], report["stages"]

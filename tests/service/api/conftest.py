@@ -30,7 +30,8 @@ CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke"}
 
 @contextmanager
 def serve(app: FastAPI) -> Iterator[Client]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=3)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -81,6 +81,8 @@ def test_a_job_may_ask_for_a_device(submit: Submit, queue: JobQueue, sessions: s
         ),
         ({"config": {**BITS, "compare": ["nearest", "gptq"]}}, 422, "config_invalid", "compare.1: Input should be"),
         ({"config": {**BITS, "compare": ["aquant"]}}, 422, "config_invalid", '"aquant" would run twice'),
+        ({"config": {"target": {"max_accuracy_drop": -1}}}, 422, "config_invalid", "target.max_accuracy_drop: Input"),
+        ({"config": {"target": {"max_accuracy_drop": 1}, "compare": ["qdrop"]}}, 422, "config_invalid", "compare: met"),
         ({"config": "{"}, 422, "config_invalid", "Invalid JSON"),
         ({"config": " " * 10_001}, 413, "upload_too_large", "`config` is larger than the 10000"),
         ({"config": None}, 422, "config_invalid", "no field `config`"),
@@ -116,6 +118,14 @@ def test_bad_submission_is_answered_and_leaves_nothing(
     assert list((settings.data_dir / "artifacts/jobs").glob("*")) == []
     assert web.get("/jobs").json() == {"jobs": [], "next": None}
     assert queue.depth("cpu") == 0
+
+
+def test_a_target_does_without_widths(submit: Submit, web: Client) -> None:
+    answer = submit(config={"target": {"max_accuracy_drop": 0.5}})
+    assert answer.status_code == 202
+    config = web.get(answer.headers["location"]).json()["config"]
+    assert config["target"] == {"max_accuracy_drop": 0.5}
+    assert (config["weight_bits"], config["activation_bits"]) == (2, 2)
 
 
 def test_methods_to_compare_and_a_protocol_are_kept(submit: Submit, web: Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -85,12 +86,13 @@ def test_database_goes_and_comes_back(
         "workers": "0 alive",
     }
     assert web.get("/health/live").status_code == 200
+    while not (said := [record for record in caplog.records if record.name == "service.jobs.reaper"]):
+        time.sleep(0.05)
     outages.database.open()
     assert web.get(job).json()["state"] == "queued"
     assert web.get("/health/ready").status_code == 200
     assert len(open_artifacts(outages.settings.artifacts).keys("")) == 2  # nothing of what was not taken in
     assert queue.depth("cpu") == 1
-    said = [record for record in caplog.records if record.name == "service.jobs.reaper"]
     assert {record.levelno for record in said} == {logging.WARNING}
     assert "the reaper waits for the database" in said[0].getMessage()
 

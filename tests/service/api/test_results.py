@@ -1,4 +1,4 @@
-"""Reports and checkpoints over HTTP, whole and in ranges."""
+"""Reports, checkpoints and ONNX over HTTP, whole and in ranges."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
-from service.jobs.records import ArtifactRecord
+from service.jobs.records import ONNX_PROBLEM, ArtifactRecord
 from service.jobs.repository import JobRepository
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 in_a_folder = pytest.mark.parametrize("storage", STORES[:1], indirect=True)  # decided before a store is asked
@@ -27,7 +28,7 @@ ETAG = f'"{hashlib.sha256(BODY).hexdigest()}"'
 def finished(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path) -> str:
     """The address of a job that succeeded."""
     job_id, records = add_job(), []
-    for name, data in {"checkpoint": BODY, "report": b'{"seed": 0}'}.items():
+    for name, data in {"checkpoint": BODY, "onnx": BODY[1:], "report": b'{"seed": 0}'}.items():
         (tmp_path / name).write_bytes(data)
         stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
         records.append(
@@ -49,6 +50,47 @@ def test_links_lead_to_the_files(web: Client, finished: str) -> None:
     assert whole.headers["content-length"] == str(len(BODY))
     head = web.head(links["checkpoint"])
     assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(BODY)))
+
+
+def test_onnx_is_delivered_as_the_checkpoint_is(web: Client, finished: str) -> None:
+    url = web.get(finished).json()["links"]["onnx"]
+    whole = web.get(url)
+    assert (whole.status_code, whole.content) == (200, BODY[1:])
+    assert whole.headers["etag"] == f'"{hashlib.sha256(BODY[1:]).hexdigest()}"'
+    assert whole.headers["content-disposition"].endswith('.onnx"')
+    part = web.get(url, headers={"Range": "bytes=5-9"})
+    assert (part.status_code, part.content) == (206, BODY[6:11])
+    assert web.head(url).headers["content-length"] == str(len(BODY) - 1)
+
+
+def test_onnx_that_cannot_be_says_why(
+    web: Client, sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
+) -> None:
+    job_id, path = add_job(), tmp_path / "problem"
+    path.write_text(Problem.of_job("onnx_export_unsupported", "Layer 'fc' is of paper.", "Use glue.").model_dump_json())
+    stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/onnx-problem.json", path)
+    record = ArtifactRecord(name=ONNX_PROBLEM, key=stored.key, format="json", size=stored.size, sha256=stored.sha256)
+    with sessions.begin() as session:
+        claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
+        assert claim is not None
+        record.job_id = job_id
+        JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=[record])
+    assert web.get(f"/jobs/{job_id}").json()["links"]["onnx"] is None
+    answer = web.get(f"/jobs/{job_id}/onnx")
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (409, "onnx_export_unsupported")
+    assert (problem["detail"], problem["remedy"]) == ("Layer 'fc' is of paper.", "Use glue.")
+
+
+@in_a_folder
+def test_a_dry_run_has_no_checkpoint(web: Client, sessions: sessionmaker[Session], add_job: Callable[..., str]) -> None:
+    job_id = add_job()
+    with sessions.begin() as session:
+        job = JobRepository(session).get(job_id)
+        job.config = {**job.config, "dry_run": True}
+    checkpoint, report = (web.get(f"/jobs/{job_id}/{name}") for name in ("checkpoint", "report"))
+    assert (checkpoint.status_code, checkpoint.json()["code"]) == (404, "dry_run_has_no_checkpoint")
+    assert (report.status_code, report.json()["code"]) == (409, "artifact_not_ready")  # not yet
 
 
 @pytest.mark.parametrize(
@@ -93,7 +135,7 @@ def test_deleted_job_takes_its_files_along(web: Client, finished: str, artifacts
 
 
 @in_a_folder
-@pytest.mark.parametrize("name", ["report", "checkpoint"])
+@pytest.mark.parametrize("name", ["report", "checkpoint", "onnx"])
 def test_unfinished_job_has_no_files(web: Client, add_job: Callable[[], str], name: str) -> None:
     answer = web.get(f"/jobs/{add_job()}/{name}")
     assert (answer.status_code, answer.json()["code"]) == (409, "artifact_not_ready")

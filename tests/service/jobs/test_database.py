@@ -7,18 +7,23 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from servers import DATABASES, PostgreSQL
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
 from service.jobs.database import (
+    MIGRATIONS,
     DatabaseUnusableError,
     UnsupportedDatabaseError,
     _alone,
     migrate,
     open_database,
 )
+from service.jobs.events import JobEvents, is_last
 from service.jobs.records import Record
 from service.settings import Settings
 
@@ -124,3 +129,26 @@ def test_connections_that_the_server_closed_are_replaced(engine: Engine, postgre
         other.execute("SELECT pg_terminate_backend(%s, 5000)", [number])
     with engine.connect() as connection:
         assert connection.execute(text("SELECT pg_backend_pid()")).scalar_one() != number
+
+
+@every_database
+def test_jobs_of_before_get_an_event_to_begin_with(settings: Settings) -> None:
+    engine = open_database(settings)
+    with _alone(engine, settings) as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004_keys")
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, state, config, error, created_at, attempt) "
+                "VALUES ('old', 'failed', '{}', '{\"code\": \"x\"}', '2026-01-31 12:00:00+00:00', 3)"
+            )
+        )
+    migrate(settings)
+    with Session(engine) as session:
+        (event,) = JobEvents(session).after("old", 0, 10)
+    assert (event.number, event.kind, event.at.year) == (1, "state", 2026)
+    assert event.data == {"state": "failed", "stage": None, "attempt": 3, "error": {"code": "x"}}
+    assert is_last(event)
+    engine.dispose()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import tarfile
 import zipfile
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from service.jobs.errors import ImagesInvalidError
+from aquant_core.config import Preprocess
+from service.jobs.errors import ImagesInvalidError, PreprocessMissingError
 from service.jobs.image_files import check_images
 
 IMAGES = np.zeros((6, 1, 8, 8), np.uint8)
@@ -42,6 +45,32 @@ def zipped(**entries: bytes) -> bytes:
         for name, data in entries.items():
             archive.writestr(name, data)
     return buffer.getvalue()
+
+
+PICTURE = b"\x89PNG"  # the worker looks at it
+PREPROCESS = Preprocess(size=8, crop=(8, 9), mean=(0.5,), std=(0.5,))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (zipped(**{"a/1.PNG": PICTURE, "b/2.jpeg": PICTURE, "b/": b""}), "zip"),
+        (tarfile.TarInfo("a.png").tobuf() + bytes(1024), "tar"),
+        (gzip.compress(bytes(1024)), "tgz"),
+    ],
+)
+def test_archives_of_image_files(data: bytes, kind: str) -> None:
+    assert check_images(io.BytesIO(data), len(data), "calibration", LIMIT, PREPROCESS) == kind
+    with pytest.raises(PreprocessMissingError, match=r"config\.preprocess"):
+        check(data)
+
+
+def test_as_many_pictures_as_fit_once_prepared() -> None:
+    data = zipped(**{f"{index}.png": PICTURE for index in range(10)})
+    needed = 10 * 8 * 9 * 4
+    assert check_images(io.BytesIO(data), len(data), "calibration", needed, PREPROCESS) == "zip"
+    with pytest.raises(ImagesInvalidError, match="2880 bytes"):
+        check_images(io.BytesIO(data), len(data), "calibration", needed - 1, PREPROCESS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The report of a dry run as a schema: what a run would do and take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from aquant_core.config import Method, QuantizationConfig
+from aquant_core.report.schema import Evaluation, Size
+
+PLAN_FORMAT: Literal["aquant-plan/1"] = "aquant-plan/1"
+
+
+class PlannedBlock(BaseModel):
+    """What is reconstructed at a time; without seconds where it is not, or the method learns nothing."""
+
+    name: str
+    layers: list[str]
+    seconds: Annotated[float | None, Field(description="For all methods together.")] = None
+    peak_bytes: int | None = None
+    placement: Annotated[
+        str | None, Field(description="Where its inputs and outputs are kept: device, memory or disk.")
+    ] = None
+
+
+class PlannedLayer(BaseModel):
+    """One convolution or linear layer."""
+
+    name: str
+    op: str
+    weight_shape: list[int]
+    weight_bits: int
+    activation_bits: int
+    input_from: Annotated[str | None, Field(description="The value in `values` that it reads quantized.")]
+    border_parameters: int
+
+
+class PlannedValue(BaseModel):
+    """A value that is quantized where it is made."""
+
+    name: str
+    bits: int
+
+
+class Plan(BaseModel):
+    """What a job with `dry_run` reports."""
+
+    format: Literal["aquant-plan/1"]
+    dry_run: Literal[True]
+    blocks: list[PlannedBlock]
+    layers: list[PlannedLayer]
+    values: list[PlannedValue]
+    other_bits: Annotated[
+        list[str], Field(description="Layers that are not at the bits asked for, but at the protocol's 8 for instance.")
+    ]
+    size: Annotated[Size, Field(description="As the checkpoint's will be.")]
+    forecast: Annotated[dict[str, Any] | None, Field(description="As in a job's progress; null if nothing is learned.")]
+    evaluation: Evaluation
+    device: str
+    method: Method
+    protocol: dict[str, Any]
+    preset: dict[str, Any]
+    settings: dict[str, Any]
+    config: QuantizationConfig
+    seed: int
+    versions: dict[str, str]
+    digests: dict[str, str]
+    warnings: list[str]
+    seconds: Annotated[float, Field(description="That the plan took.")]
