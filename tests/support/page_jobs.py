@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from job_rows import MINUTE
@@ -114,8 +115,10 @@ class PageJobs:
             repository.finish(claim, state, stage, document, records)
         return job_id
 
-    def succeeded(self, report: Mapping[str, Any], **of_job: Any) -> str:
-        files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint"}
+    def succeeded(
+        self, report: Mapping[str, Any], more: Mapping[str, bytes] = MappingProxyType({}), **of_job: Any
+    ) -> str:
+        files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint", **more}
         return self.end(self.queued(**of_job), JobState.SUCCEEDED, files=files)
 
     def failed(self, detail: str, **of_job: Any) -> str:

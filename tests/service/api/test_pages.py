@@ -20,6 +20,7 @@ from service.api import pages, sign_in
 from service.jobs.keys import KeyRepository
 from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
+from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
@@ -418,6 +419,19 @@ def test_results_are_had_from_the_page(web: Client, page_jobs: PageJobs) -> None
     assert (part.status_code, part.content) == (206, b"checkpoint")
     events = web.get(f"/page/jobs/{job_id}/events").text
     assert events.rstrip().endswith("id: 3")
+
+
+def test_onnx_is_offered_or_its_absence_explained(web: Client, page_jobs: PageJobs) -> None:
+    with_it = page_jobs.succeeded(old_report(), more={"onnx": b"a graph"})
+    address = f"/page/jobs/{with_it}/onnx"
+    assert address in Outline(web.get(f"/page/jobs/{with_it}").text).addresses
+    assert web.get(address).content == b"a graph"
+    problem = Problem.of_job("onnx_export_unsupported", "It has a border that no operator can say.", "Take another.")
+    without = page_jobs.succeeded(old_report(), more={"onnx_problem": problem.model_dump_json().encode()})
+    assert "Why there is no ONNX" in web.get(f"/page/jobs/{without}").text
+    answer = web.get(f"/page/jobs/{without}/onnx")
+    assert answer.status_code == 409
+    assert problem.detail in Outline(answer.text).words
 
 
 def test_a_report_that_cannot_be_read_is_no_dead_end(web: Client, page_jobs: PageJobs) -> None:
