@@ -37,7 +37,7 @@ def plan(
 ) -> dict[str, Any]:
     """Everything that comes before a run, and its forecast; ``config.dry_run`` does not matter here.
 
-    Args: those of ``quantize``.
+    Takes what ``quantize`` takes.
 
     Returns:
         JSON values, each described in ``aquant_core.report.plan``.

@@ -145,9 +145,10 @@ def page(cells: dict[str, Any]) -> str:
         total = {name: sum(row[name] for _, row in rows) for name in rows[0][1] if name != "values"}
         share = total["differing_in_run"] / max(total["codes"], 1)
         difference = max(row["logits_difference"] / max(row["logits_scale"], 1e-30) for _, row in rows)
+        logits = f"{difference:.1e}" if total["images_with_all_codes"] else "-"
         lines.append(
             f"| {network} | {', '.join(bits for bits, _ in rows)} | {variant} | {total['codes']:.3g} "
-            f"| {total['differing_given_input']} | {share:.1e} | {difference:.1e} "
+            f"| {total['differing_given_input']} | {share:.1e} | {logits} "
             f"| {total['same_top1']} of {total['predicted']} |"
         )
     return "\n".join(lines)

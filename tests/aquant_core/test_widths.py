@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aquant_core.checkpoint import pack_codes
+from aquant_core.encoding import pack_codes
 from aquant_core.widths import WIDTHS, Choice, Widths, chain, choices, raised, thinned, weight_bytes
 
 

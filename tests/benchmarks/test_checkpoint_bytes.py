@@ -65,6 +65,13 @@ def test_the_page_has_the_committed_sizes() -> None:
     assert 13 * resnet["16-bit borders"]["bytes"] <= resnet["float32"]
 
 
+def test_the_page_has_the_committed_loss_of_8_bit_borders() -> None:
+    border_bits, cells = script("border_bits"), script("cells")
+    table = border_bits.table(cells.Results(RESULTS / "border_bits.json"), list(border_bits.SEEDS))
+    assert len(table.splitlines()) > 2
+    assert table in (ROOT / "docs" / "checkpoint.md").read_text()
+
+
 def test_the_table_of_widths_by_hand(tmp_path: Path) -> None:
     border_bits, cells = script("border_bits"), script("cells")
     results = cells.Results(tmp_path / "results.json")
