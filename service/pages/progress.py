@@ -20,9 +20,11 @@ STAGES = {
     "intake": "Check the files",
     "capture": "Read the network",
     "forecast": "Forecast",
+    "search": "Search widths",
     "nearest": "Round to nearest",
     "reconstruct": "Reconstruct blocks",
     "evaluate": "Evaluate",
+    "sensitivity": "Rank layers",
     "save": "Save",
 }
 """The stages of a job in their order, in words."""
@@ -35,6 +37,15 @@ STATES = {
     JobState.FAILED: "Failed",
     JobState.CANCELLED: "Cancelled",
 }
+
+
+def stages_of(job: JobDocument) -> dict[str, str]:
+    """Those that this job goes through: only a target is searched for, and a dry run ends with the forecast."""
+    left_out = set() if job.config.target is not None else {"search"}
+    names = list(STAGES)
+    if job.config.dry_run:
+        left_out |= set(names[names.index("forecast") + 1 :])
+    return {name: words for name, words in STAGES.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,8 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
     if job.state == JobState.QUEUED:
         facts.append(("Waits", waiting_for(job), "" if job.device is None else f"to run on a {job.device.upper()}"))
     elif job.stage is not None and not job.finished:
-        of_all = f"{list(STAGES).index(job.stage) + 1} of {len(STAGES)}" if job.stage in STAGES else ""
+        stages = list(stages_of(job))
+        of_all = f"{stages.index(job.stage) + 1} of {len(stages)}" if job.stage in stages else ""
         facts.append(("Stage", STAGES.get(job.stage, job.stage), of_all))
     if progress.block and not job.finished:
         step = f"iteration {progress.iteration:,} of {progress.iterations:,}"

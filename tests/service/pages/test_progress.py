@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from aquant_core.progress import Stage
 from service.jobs.schemas import JobDocument
-from service.pages.progress import Happened, blocks_of, facts_of, in_short, settings_of, waiting_for
+from service.pages.progress import STAGES, Happened, blocks_of, facts_of, in_short, settings_of, stages_of, waiting_for
 
 AT = datetime(2026, 1, 31, 12, tzinfo=UTC)
 FORECAST = {
@@ -39,6 +40,14 @@ def test_blocks_have_the_names_of_those_that_are_learned() -> None:
     finished = [Happened("aquant", 1, 0.25), Happened("qdrop", 2, 9.0)]
     rows = [(row.name, row.state, row.loss) for row in blocks_of(job(), finished)]
     assert rows == [("stem", "finished", 0.25), ("body", "under way", 0.5), ("fc", "to come", None)]
+
+
+def test_the_stages_are_those_of_the_core_in_its_order() -> None:
+    assert list(STAGES) == list(get_args(Stage))
+    bits = {"weight_bits": 2, "activation_bits": 2}
+    assert list(stages_of(job())) == [name for name in STAGES if name != "search"]
+    assert list(stages_of(job(config=bits | {"dry_run": True}))) == ["intake", "capture", "forecast"]
+    assert list(stages_of(job(config={"target": {"max_accuracy_drop": 0.5}}))) == list(STAGES)
 
 
 def test_blocks_have_numbers_until_they_have_names() -> None:
