@@ -111,7 +111,7 @@ def test_events_tell_every_stage_and_block(stack: Stack, finished: tuple[JobDocu
     states = [event["state"] for kind, event in events if kind == "state"]
     assert states == ["queued", "running", "succeeded"]
     stages = [event["stage"] for kind, event in events if kind == "stage"]
-    assert stages == ["capture", "forecast", "nearest", "reconstruct", "evaluate", "save"]
+    assert stages == ["capture", "forecast", "nearest", "reconstruct", "evaluate", "sensitivity", "save"]
     blocks = [(event["block"], event["method"]) for kind, event in events if kind == "block"]
     count = job.progress.blocks or max(number for number, _ in blocks)
     assert sorted(blocks) == [(number, method) for number in range(1, count + 1) for method in ("aquant", "qdrop")]

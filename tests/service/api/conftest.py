@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from httpx import Client, Response
+from page_jobs import PageJobs
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.artifacts import Artifacts
 from service.jobs.keys import KeyRepository, Scope
 from service.jobs.repository import now
 from service.main import create_app
@@ -87,3 +90,9 @@ def make_key(sessions: sessionmaker[Session]) -> MakeKey:
         return {"Authorization": f"Bearer {token}"}
 
     return make
+
+
+@pytest.fixture
+def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts, tmp_path: Path) -> PageJobs:
+    """Puts jobs in as a worker would have left them."""
+    return PageJobs(sessions, artifacts, tmp_path)
