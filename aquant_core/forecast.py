@@ -36,12 +36,14 @@ class BlockForecast:
         seconds: to learn it and hand its outputs on.
         peak_bytes: memory on the device (on a CPU, of the process) while it is learned.
         placement: where its target and output are kept.
+        learned: whether there is anything in it to learn; progress counts no others.
     """
 
     name: str
     seconds: float
     peak_bytes: int
     placement: Placement
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _place(
             for size, where in ((before, before_placement), (pair, placement), (inner, placement))
         )
         peak = start + _live(held, added, inside, trial, others)
-        forecasts.append(BlockForecast(block.name, trial.seconds, peak, placement))
+        forecasts.append(BlockForecast(block.name, trial.seconds, peak, placement, block.has_parts))
         before, before_placement = pair, placement
     return Forecast(tuple(forecasts))
 

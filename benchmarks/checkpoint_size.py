@@ -25,8 +25,8 @@ from aquant_core.architectures import build
 from aquant_core.fold import fold_batch_norm
 from aquant_core.graph import CapturedModel
 from aquant_core.model import QuantizedModel, bits_of_layers
-from aquant_core.pipeline import versions
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
+from aquant_core.reporting import versions
 
 ARCHITECTURES = ["resnet18", "resnet50", "mobilenet_v2", "regnet_x_600mf", "regnet_x_3_2gf", "mnasnet2_0"]
 PARTS = {

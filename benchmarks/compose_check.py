@@ -4,10 +4,11 @@
     python benchmarks/compose_check.py --debian debian:13-slim  its servers from Debian's packages instead
 
 Needs a container engine with Compose: Docker's where its daemon answers, else Podman's. The project is named
-``aquant-check``; its containers and volumes are gone afterwards. What docker-compose.yml lets be set (BASE_IMAGE,
-PIP_INDEX_URL, REDIS_IMAGE, ...) is taken from the environment. A job is run undisturbed, then one for every container
-that is restarted under it; containers are asked for their rights, their mounts and their routes; the workers are
-multiplied; everything is taken down and brought up again. Result: ``results/compose_check.json``.
+``aquant-check``; its containers and volumes are gone afterwards, all but the unnamed ones of workers that ``down``
+leaves. What docker-compose.yml lets be set (BASE_IMAGE, PIP_INDEX_URL, REDIS_IMAGE, ...) is taken from the
+environment. A job is run undisturbed, then one for every container that is restarted under it; containers are asked
+for their rights, their mounts and their routes; the workers are multiplied; everything is taken down and brought up
+again, also from a backup. Result: ``results/compose_check.json``.
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ def scale(deployment: Deployment, client: Client, digest: str) -> dict[str, Any]
     jobs = [submit(client) for _ in range(WORKERS)]
     found = [finished(client, client.wait(job.id, JOB_SECONDS)) for job in jobs]
     expect(all(job["checkpoint_sha256"] == digest for job in found), f"a checkpoint is another: {found}")
-    lines = deployment.compose("logs", "--no-color", "worker").decode(errors="replace").splitlines()
+    lines = deployment.compose("--ansi", "never", "logs", "worker").decode(errors="replace").splitlines()
     takers = {  # each line begins with its container
         job.id: {line.split()[0] for line in lines if f"job {job.id}: attempt 1 begins" in line} for job in jobs
     }

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import sessionmaker
 
-from service.api import error_page, events, health, jobs, metrics, openapi, problems, results, uploads
+from service.api import error_page, events, health, jobs, metrics, openapi, pages, problems, results, sign_in, uploads
 from service.api.deliveries import Deliveries
 from service.api.deps import Parts
 from service.api.rates import Rates
@@ -84,7 +84,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(EveryRequest, seconds=request_seconds)
-    for module in (jobs, events, results, uploads, health, metrics, error_page):
+    for module in (jobs, events, results, uploads, health, metrics, error_page, pages, sign_in):
         app.include_router(module.router)
     openapi.install(app)
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import servers
@@ -11,6 +12,10 @@ from hypothesis import settings
 from servers import Storage
 
 settings.register_profile("long", max_examples=5_000)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, help="folder for the pictures that tests/e2e/test_page.py makes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from service.jobs.events import EventKind, Happening
 from service.jobs.repository import Claim, JobRepository
 from service.jobs.states import JobState
 from service.settings import Settings
+from worker.curve import RunningCurve
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Lease:
         self._progress = Progress(stage="intake")
         self._forecast: dict[str, Any] | None = None
         self._gpu: dict[str, int] | None = None
+        self._curve = RunningCurve()
         self._happenings: list[Happening] = []
         self._renewing = threading.Lock()
         self._stop: JobStopError | None = None
@@ -107,6 +109,7 @@ class Lease:
             self._note("stage", {"stage": progress.stage})
         self._gpu = gpu
         self._forecast = progress.forecast or self._forecast  # told once, shown to the end
+        self._curve.add(progress)
         self._progress = progress
         self.check()
 
@@ -192,6 +195,7 @@ class Lease:
             "iteration": progress.iteration,
             "iterations": progress.iterations,
             "loss": _finite(progress.loss),
+            "curve": self._curve.document(),
             "eta_seconds": _finite(progress.eta_seconds),
             "forecast": self._forecast,
             **({} if self._gpu is None else {"gpu": self._gpu}),

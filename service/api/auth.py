@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.addresses import neighbourhood
 from service.api.deps import Parts, PartsDep
-from service.api.locality import SAFE_METHODS, check_keyless
+from service.api.locality import SAFE_METHODS, check_keyless, check_own_page
 from service.jobs.errors import KeyInvalidError, KeyMissingError, KeyScopeError, ServiceError
 from service.jobs.idempotency import IdempotencyKeys
 from service.jobs.keys import KeyRepository, Scope
@@ -30,6 +30,9 @@ _bearer = HTTPBearer(
     description="An API key. Without any keys, the service answers its own machine only, and without one.",
 )
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+
+COOKIE, SECURE_COOKIE = "aquant-key", "__Host-aquant-key"
+"""Where the page keeps a key; the second over https, where no other host of the domain can set it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,27 @@ class Owner:
             yield Account(session, self._settings, self.name)
 
 
+def bearer_of(request: Request) -> HTTPAuthorizationCredentials | None:
+    """The key in the page's cookie; what only ``__Host-`` could have set goes first."""
+    key = request.cookies.get(SECURE_COOKIE) or request.cookies.get(COOKIE)
+    return None if key is None else HTTPAuthorizationCredentials(scheme="Cookie", credentials=key)
+
+
+def admit_to_page(request: Request, parts: Parts, credentials: HTTPAuthorizationCredentials | None) -> str | None:
+    """The owner that a request to the page acts for.
+
+    Raises:
+        ServiceError: it is not to be let in, or a page of another site sent it to change something.
+    """
+    if request.method not in SAFE_METHODS:
+        check_own_page(request)
+    return _admit(request, parts, credentials, "jobs")
+
+
+def _visitor(request: Request, parts: PartsDep) -> Owner:
+    return Owner(admit_to_page(request, parts, bearer_of(request)), parts.settings, parts.sessions)
+
+
 def _owner(request: Request, parts: PartsDep, credentials: _Credentials) -> Owner:
     return Owner(_admit(request, parts, credentials, "jobs"), parts.settings, parts.sessions)
 
@@ -88,6 +112,9 @@ OwnerDep = Annotated[Owner, Depends(_owner)]
 
 Raises 401 without a good key, 403 for strangers where there are no keys, 429 for too many requests.
 """
+
+VisitorDep = Annotated[Owner, Depends(_visitor)]
+"""The same for the page, whose requests bring the key in a cookie, and no other routes': see docs/operations.md."""
 
 WatcherDep = Depends(_watcher)
 """For routes that tell of the whole service: where there are keys, they take one that was made for that."""

@@ -15,6 +15,7 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
     here = f"/jobs/{job.id}"
     done = job.state == JobState.SUCCEEDED
     progress = JobProgress.model_validate(job.progress or {})
+    filenames = (job.origin or {}).get("filenames", {})
     if job.state in FINISHED:
         progress.eta_seconds = None  # the last estimate of what has ended
     return JobDocument(
@@ -31,7 +32,12 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
         finished_at=job.finished_at,
         config=QuantizationConfig.model_validate(job.config),
         files={
-            artifact.name: FileInfo(size=artifact.size, sha256=artifact.sha256, format=artifact.format)
+            artifact.name: FileInfo(
+                size=artifact.size,
+                sha256=artifact.sha256,
+                format=artifact.format,
+                filename=filenames.get(artifact.name),
+            )
             for artifact in sorted(job.artifacts, key=lambda artifact: artifact.name)
         },
         error=None if job.error is None else Problem.model_validate(job.error),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,22 +20,28 @@ REMEDY = (
 DRAIN_BYTES = 32 * 1024 * 1024
 """What is read of a request that is refused, so that its client gets to see why."""
 
+MAX_FILENAME = 120
+"""Characters of a file's name that are kept."""
+
 
 @dataclass(frozen=True)
 class _Event:
     kind: Literal["part", "data", "part_end", "form_end"]
     data: bytes = b""
-    is_file: bool = False
+    filename: str | None = None
 
 
 class Part:
     """One part of the form; its bytes can be read once, before the next part is asked for.
 
     A part with a file name is a file, one without is a field.
+
+    Attributes:
+        filename: what the file is called where it came from: anything a client can make up, without a folder.
     """
 
-    def __init__(self, name: str, is_file: bool, form: FormStream) -> None:
-        self.name, self.is_file = name, is_file
+    def __init__(self, name: str, filename: str | None, form: FormStream) -> None:
+        self.name, self.filename = name, filename
         self._form = form
 
     async def content(self, limit: int) -> bytes:
@@ -96,7 +103,7 @@ class FormStream:
         """The parts in the order they were sent."""
         while (event := await self.next_event()).kind != "form_end":
             if event.kind == "part":
-                yield Part(event.data.decode("utf-8", "replace"), event.is_file, self)
+                yield Part(event.data.decode("utf-8", "replace"), event.filename, self)
 
     async def next_event(self) -> _Event:
         """The next piece of the form."""
@@ -131,7 +138,15 @@ class FormStream:
 
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
-        self._events.append(_Event("part", options.get(b"name", b""), b"filename" in options))
+        filename = options.get(b"filename")
+        called = None if filename is None else _without_folder(filename.decode("utf-8", "replace"))
+        self._events.append(_Event("part", options.get(b"name", b""), called))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._events.append(_Event("data", data[start:end]))
+
+
+def _without_folder(filename: str) -> str:
+    """The last part of a path of any system, of a length to be shown."""
+    name = re.split(r"[/\\]", filename)[-1]
+    return "".join(letter for letter in name if letter.isprintable())[:MAX_FILENAME]

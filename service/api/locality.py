@@ -50,6 +50,22 @@ def check_keyless(request: Request, settings: Settings) -> None:
         )
 
 
+def check_own_page(request: Request) -> None:
+    """Whether a request to change something comes from a page of this service: for routes that a cookie opens.
+
+    A browser says so of every such request, so one that says nothing is refused as well.
+
+    Raises:
+        OriginRefusedError: it does not.
+    """
+    said = any(name in request.headers for name in ("sec-fetch-site", "origin"))
+    if not said or not _is_same_origin(request, request.headers.get("host", "")):
+        raise OriginRefusedError(
+            f"A page of another site ({request.headers.get('origin', 'unnamed')!r}) sent this request.",
+            "Send it from the page itself. Programs use the API, with a key.",
+        )
+
+
 def _is_local(request: Request, settings: Settings) -> bool:
     if any(name in request.headers for name in _FORWARDED):
         return False

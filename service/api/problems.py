@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -155,12 +155,25 @@ def _note(request: Request, code: str, detail: str) -> None:
     log.info("%s %s is answered with %s: %s", request.method, request.url.path, code, detail)
 
 
+_ANSWERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    ServiceError: _service_error,
+    RequestValidationError: _invalid_request,
+    HTTPException: _http_error,
+    **dict.fromkeys(DATABASE_DOWN, _database_down),
+    ArtifactsDownError: _artifacts_down,
+    ClientDisconnect: _disconnected,
+}
+
+
 def install(app: FastAPI) -> None:
     """Make the application answer with problems; those of unforeseen errors are ``requests.EveryRequest``'s."""
-    app.add_exception_handler(ServiceError, _service_error)
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(HTTPException, _http_error)
-    for kind in DATABASE_DOWN:
-        app.add_exception_handler(kind, _database_down)
-    app.add_exception_handler(ArtifactsDownError, _artifacts_down)
-    app.add_exception_handler(ClientDisconnect, _disconnected)
+    for kind, answer in _ANSWERS.items():
+        app.add_exception_handler(kind, answer)
+
+
+async def answer_to(request: Request, error: Exception) -> Response:
+    """The problem that an error is answered with, for routes that show it in another form."""
+    for kind in type(error).__mro__:
+        if kind in _ANSWERS:
+            return await _ANSWERS[kind](request, error)
+    return unforeseen(request, error)

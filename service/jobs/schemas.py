@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.report.schema import LossCurve
 from service.jobs.problem_kinds import address_of, title_of
 from service.jobs.states import FINISHED, Device, JobState
 
@@ -50,6 +51,7 @@ class BlockForecast(BaseModel):
     seconds: float
     peak_bytes: int
     placement: Annotated[str, Field(description="Where its inputs and outputs are kept: device, memory or disk.")]
+    learned: Annotated[bool, Field(description="Whether it is reconstructed; progress counts no others.")] = True
 
 
 class JobForecast(BaseModel):
@@ -75,6 +77,9 @@ class JobProgress(BaseModel):
     ] = 0
     iterations: Annotated[int, Field(description="Steps per block; in search and sensitivity, widths to be tried.")] = 0
     loss: Annotated[float | None, Field(description="Reconstruction loss of the latest step.")] = None
+    curve: Annotated[
+        LossCurve | None, Field(description="Reconstruction loss of the block so far, thinned to a few points.")
+    ] = None
     eta_seconds: Annotated[
         float | None, Field(description="Estimated seconds until all blocks are done; null when nothing is running.")
     ] = None
@@ -87,6 +92,7 @@ class FileInfo(BaseModel):
     size: Annotated[int, Field(description="Bytes.")]
     sha256: Annotated[str, Field(description="Digest of the bytes, in hex.")]
     format: str
+    filename: Annotated[str | None, Field(description="What its sender called it; null if unknown.")] = None
 
 
 class WebhookRequest(BaseModel):

@@ -64,6 +64,7 @@ class Submission:
         device: what it is to run on, if it matters.
         files: those sent along; they are already in the store, under the job's prefix.
         references: sha256 in hex of those uploaded before.
+        filenames: what the files are called where they came from.
         reuse: whether a job that did the same work will do as well.
         webhook: whom to tell of the end.
         idempotency_key: what the submitter calls this request, to send it again without having it done again.
@@ -75,6 +76,7 @@ class Submission:
     device: Device | None
     files: Mapping[UploadName, Stored]
     references: Mapping[UploadName, str]
+    filenames: Mapping[UploadName, str]
     reuse: bool = False
     webhook: WebhookRequest | None = None
     idempotency_key: str | None = None
@@ -126,7 +128,11 @@ class Submitter:
             device=submission.device,
             config=config.model_dump(mode="json"),
             created_at=now(),
-            origin={"request_id": what_about().get("request_id"), **carrier()},
+            origin={
+                "request_id": what_about().get("request_id"),
+                "filenames": dict(submission.filenames),
+                **carrier(),
+            },
             fingerprint=_fingerprint(config, submission.device, files),
             attempt=0,
             webhook=webhook,

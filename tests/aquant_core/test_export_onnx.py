@@ -72,7 +72,7 @@ def network(
                 layer.border.coefficients.normal_(0, spread)
                 if layer.border.alpha is not None:
                     layer.border.alpha.uniform_(0, 1)
-            layer.border.round_to_stored_type()
+            layer.border.round_to_stored()
     return model.requires_grad_(False).eval()
 
 
@@ -89,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "by channel, 8 and 2 bits": {"border": CHANNEL, "weight_bits": 8, "activation_bits": 2},
     "by channel, 8 bits": {"border": CHANNEL, "weight_bits": 8, "activation_bits": 8},
     "steep borders by channel": {"border": CHANNEL, "spread": 4.0},
+    "borders kept at 8 bits": {"border": {"bits": 8}},
     "some layers float": {"border": {}, "layers": {"last": {"weight_bits": 32}, "flat": {"activation_bits": 32}}},
     "float weights": {"border": CHANNEL, "weight_bits": 32},
     "nearest": {},

@@ -64,7 +64,7 @@ def test_progress_and_lease_reach_the_row(settings: Settings, sessions: Sessions
         job = JobRepository(session).get("job")
         assert job.progress == {
             "method": "qdrop", "block": 2, "blocks": 8, "iteration": 10, "iterations": 100, "loss": None,
-            "eta_seconds": 4.5, "forecast": FORECAST,
+            "eta_seconds": 4.5, "forecast": FORECAST, "curve": None,
         }  # fmt: skip
         assert job.lease_expires_at is not None
         assert job.lease_expires_at > now() + timedelta(seconds=20)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from httpx import Client, Response
+from page_jobs import PageJobs
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.artifacts import Artifacts
 from service.jobs.keys import KeyRepository, Scope
 from service.jobs.repository import now
 
@@ -46,3 +49,9 @@ def make_key(sessions: sessionmaker[Session]) -> MakeKey:
         return {"Authorization": f"Bearer {token}"}
 
     return make
+
+
+@pytest.fixture
+def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts, tmp_path: Path) -> PageJobs:
+    """Puts jobs in as a worker would have left them."""
+    return PageJobs(sessions, artifacts, tmp_path)

@@ -46,6 +46,7 @@ def test_submitted_job_is_stored_queued_and_announced(
         "size": len(onnx_model),
         "sha256": hashlib.sha256(onnx_model).hexdigest(),
         "format": "onnx",
+        "filename": "model",
     }
     assert sorted(stored(artifacts)) == ["calibration", "evaluation", "model"]
     assert queue.depth("cpu") == 1

@@ -1,0 +1,248 @@
+"""The page: submit, the queue, a job as it goes, its results, and two of them compared.
+
+Every route is the owner's whom the page's cookie names (``VisitorDep``). What the API does as well is done by its
+functions; only who asks is found out otherwise, and the answer is a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, get_args
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, RedirectResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from aquant_core.config import FLOAT_BITS, PresetName
+from aquant_core.report.page import NAMES
+from aquant_core.report.plots import Bar, accuracy_bars
+from aquant_core.report.schema import Report
+from service.api import events, jobs, results
+from service.api.auth import Owner, VisitorDep
+from service.api.conditions import IfNoneMatch
+from service.api.deps import Parts, PartsDep
+from service.api.documents import describe
+from service.api.page_fields import PageFields
+from service.api.page_route import PageRoute
+from service.api.submitting import take_in
+from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.schemas import JobDocument
+from service.jobs.states import FINISHED, Device, JobState
+from service.pages import progress
+from service.pages.comparison import compare
+from service.pages.render import STATIC, render, static_file, static_url, title_of
+
+router = APIRouter(include_in_schema=False, route_class=PageRoute)
+
+ON_A_PAGE = 25
+MOST_EVENTS = 5000
+
+
+@router.get("/page/static/{digest}/{name}")
+def static(digest: str, name: str) -> Response:
+    """A file that pages load; its address has its digest, so it can be kept for good."""
+    if name not in STATIC or static_url(name) != f"/page/static/{digest}/{name}":
+        raise HTTPException(404)
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(static_file(name), headers=headers, media_type=STATIC[name][1])
+
+
+@router.get("/")
+def index(
+    visitor: VisitorDep,
+    cursor: Annotated[str | None, Query(max_length=200)] = None,
+    state: Annotated[JobState | None, Query()] = None,
+) -> Response:
+    """The form and the queue."""
+    with visitor.jobs() as repository:
+        page = repository.page(ON_A_PAGE, cursor, state)
+        workers = repository.devices()
+        listed = [describe(job, repository.queue_position(job), workers) for job in page.jobs]
+    following = None
+    if page.cursor is not None:
+        asked = {"cursor": page.cursor, **({} if state is None else {"state": str(state)})}
+        following = f"/?{urlencode(asked)}"
+    return _page(
+        "index.html",
+        visitor,
+        jobs=listed,
+        following=following,
+        first=cursor is None,
+        state=state,
+        widths=[*range(2, 9), FLOAT_BITS],
+        presets=get_args(PresetName),
+        devices=get_args(Device),
+        workers=workers,
+        progress=progress,
+        unfinished=any(not job.finished for job in listed),
+    )
+
+
+@router.post("/page/jobs")
+async def submit(request: Request, parts: PartsDep, visitor: VisitorDep) -> Response:
+    """Queue what the form says, and go to where it can be followed."""
+    submitted = await take_in(request, parts, visitor, PageFields(parts.settings))
+    return RedirectResponse(_address(submitted.job_id), 303)
+
+
+@router.get("/page/jobs/{job_id}")
+async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
+    """Where a job stands, and what came of it."""
+    job, finished, others = await run_in_threadpool(_load, visitor, job_id)
+    blocks, report = progress.blocks_of(job, finished), None
+    if job.state == JobState.SUCCEEDED:
+        report = await run_in_threadpool(_read_report, parts, visitor, job_id)
+    return _page(
+        "job.html",
+        visitor,
+        job=job,
+        progress=progress,
+        blocks=blocks,
+        under_way=next((row.name for row in blocks if row.state == "under way"), None),
+        curve=progress.curve_of(job),
+        report=report,
+        plot=None if report is None else _accuracy_plot(report),
+        others=others,
+    )
+
+
+@router.post("/page/jobs/{job_id}/cancel")
+def cancel(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
+    """Stop a job."""
+    jobs.cancel(parts, visitor, job_id)
+    return RedirectResponse(_address(job_id), 303)
+
+
+@router.post("/page/jobs/{job_id}/delete")
+def delete(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
+    """Remove a job and its files."""
+    jobs.delete(parts, visitor, job_id)
+    return RedirectResponse("/", 303)
+
+
+@router.get("/page/jobs/{job_id}/events")
+async def follow(
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    last_event_id: Annotated[int | None, Header(alias="Last-Event-ID", ge=0, le=2**31 - 1)] = None,
+) -> Response:
+    """The API's event stream, for the page's script, which cannot send a key."""
+    return await events.events(parts, visitor, job_id, last_event_id)
+
+
+@router.get("/page/jobs/{job_id}/report")
+async def report(parts: PartsDep, visitor: VisitorDep, job_id: str, if_none_match: IfNoneMatch = None) -> Response:
+    """The whole report."""
+    return await results.report(parts, visitor, job_id, "text/html", if_none_match)
+
+
+@router.get("/page/jobs/{job_id}/report.json")
+async def report_json(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
+    """The same to be kept."""
+    response = await results.report(parts, visitor, job_id, "application/json", None)
+    response.headers["Content-Disposition"] = f'attachment; filename="aquant-{job_id}.json"'
+    return response
+
+
+@router.get("/page/jobs/{job_id}/checkpoint")
+async def checkpoint(
+    request: Request,
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+) -> Response:
+    """The quantized checkpoint."""
+    return await results.checkpoint(request, parts, visitor, job_id, range, if_range, None)
+
+
+@router.get("/page/jobs/{job_id}/onnx")
+async def onnx(
+    request: Request,
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+) -> Response:
+    """The quantized network as ONNX, or why there is none."""
+    return await results.onnx(request, parts, visitor, job_id, range, if_range, None)
+
+
+@router.get("/page/compare")
+def comparison(
+    parts: PartsDep, visitor: VisitorDep, job: Annotated[list[str] | None, Query(max_length=50)] = None
+) -> Response:
+    """Two jobs that succeeded, side by side."""
+    chosen = list(dict.fromkeys(job or []))
+    if len(chosen) != 2:
+        return _page("choose.html", visitor, 422, chosen=len(chosen))
+    documents, reports = [], []
+    for job_id in chosen:
+        document, _, _ = _load(visitor, job_id)
+        report = _read_report(parts, visitor, job_id)
+        if report is None:
+            raise ArtifactNotReadyError(
+                f"Job {job_id} has no report that can be compared.",
+                "Choose a job that ran to its end with this version.",
+            )
+        documents.append(document)
+        reports.append(report)
+    names = (f"A: {title_of(reports[0].config)}", f"B: {title_of(reports[1].config)}")
+    found = compare(reports[0], reports[1], names)
+    return _page("compare.html", visitor, jobs=documents, reports=reports, found=found)
+
+
+def _page(template: str, visitor: Owner, status_code: int = 200, **values: object) -> Response:
+    return HTMLResponse(render(template, owner=visitor.name, **values), status_code)
+
+
+def _address(job_id: str) -> str:
+    return f"/page/jobs/{job_id}"
+
+
+def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.Happened], Sequence[JobDocument]]:
+    """A job, its finished blocks, and what it may be compared with."""
+    with visitor.jobs() as repository:
+        record, happened = repository.events_after(job_id, 0, MOST_EVENTS)
+        job = describe(record, repository.queue_position(record), repository.devices())
+        finished = [
+            progress.Happened(event.data.get("method"), event.data["block"], event.data.get("loss"))
+            for event in happened
+            if event.kind == "block"
+        ]
+        others: list[JobDocument] = []
+        if record.state in FINISHED:
+            succeeded = repository.page(ON_A_PAGE, None, JobState.SUCCEEDED).jobs
+            others = [describe(other) for other in succeeded if other.id != job_id]
+    return job, finished, others
+
+
+def _read_report(parts: Parts, visitor: Owner, job_id: str) -> Report | None:
+    """A job's report; None where this version cannot read it, and of a dry run."""
+    with visitor.jobs() as repository:
+        artifact = repository.get(job_id).artifact("report")
+    if artifact is None:
+        raise ArtifactNotReadyError(f"Job {job_id} has no report.", "Compare jobs that have succeeded.")
+    try:
+        return Report.model_validate_json(parts.artifacts.get_bytes(artifact.key))
+    except ValidationError:
+        return None
+
+
+def _accuracy_plot(report: Report) -> object:
+    """Float, to nearest and the method asked for."""
+    if report.accuracy is None:
+        return None
+    table = report.accuracy
+    rows = (("float", table.float), ("nearest", table.nearest), (report.method, table.quantized))
+    bars = [
+        Bar(NAMES.get(name, name), row.top1, row.interval, "chosen" if row is table.quantized else "")
+        for name, row in rows
+    ]
+    return accuracy_bars(bars, "Top-1 accuracy", "accuracy")

@@ -1,0 +1,258 @@
+"""The page in a real browser: by keyboard, without scripts, as it changes, in both colour schemes, for everybody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import browser
+import pytest
+from browser import Watched
+from httpx import Client
+from old_reports import old_report
+from page_jobs import PageJobs
+from playwright.sync_api import Browser, expect
+
+from service.jobs.repository import JobRepository
+
+pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
+
+Open = Callable[..., Watched]
+EVIL = '"><img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser.chromium() as found:
+        if isinstance(found, str):
+            pytest.skip(found)
+        yield found
+
+
+@pytest.fixture
+def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
+    """Opens an address; nothing may go wrong in any page of it until the test ends."""
+    opened: list[Watched] = []
+
+    def go(path: str = "/", expected: tuple[str, ...] = (), **options: object) -> Watched:
+        context = chromium.new_context(base_url=str(web.base_url), reduced_motion="reduce", **options)  # type: ignore[arg-type]
+        context.set_default_timeout(20_000)
+        watched = Watched(context.new_page(), f"{web.base_url.host}:{web.base_url.port}", expected=expected)
+        opened.append(watched)
+        watched.page.goto(path)
+        return watched
+
+    yield go
+    for watched in opened:
+        watched.page.context.close()
+    assert [fault for watched in opened for fault in watched.faults] == []
+
+
+@pytest.fixture
+def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> dict[str, Path]:
+    paths = {"model": tmp_path / "net.onnx", "calibration": tmp_path / "images.npz"}
+    for path, content in zip(paths.values(), (onnx_model, images), strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: PageJobs) -> None:
+    running, failed = page_jobs.running(), page_jobs.failed("Operator `Hardmax` cannot be captured.")
+    done = [page_jobs.succeeded(old_report()) for _ in range(2)]
+    page_jobs.queued()
+    watched = open_page("/", expected=("404", "422"))
+    paths = [
+        "/",
+        *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0])),
+        f"/page/compare?job={done[0]}&job={done[1]}",
+        "/page/compare",
+        "/page/jobs/none",
+    ]
+    found = []
+    for path in paths:
+        watched.page.goto(path)
+        if path == "/":
+            watched.page.locator("summary").click()
+        found += [f"{path}: {violation}" for violation in watched.violations("light", "dark")]
+    assert not found, "\n".join(found)
+
+
+def test_the_sign_in_form_passes_axe_and_keeps_the_key(
+    open_page: Open, make_key: Callable[..., dict[str, str]], page_jobs: PageJobs
+) -> None:
+    key = make_key("ada")["Authorization"].removeprefix("Bearer ")
+    page_jobs.owner = "ada"
+    job_id = page_jobs.queued()
+    watched = open_page(f"/page/jobs/{job_id}", expected=("401",))
+    page = watched.page
+    assert watched.violations("dark", "light") == []
+    page.get_by_label("API key").fill("aquant_wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("not one of this service")
+    page.get_by_label("API key").fill(key)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("residual.onnx")
+    assert page.evaluate("document.cookie") == ""
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_a_job_is_submitted_by_keyboard_alone(open_page: Open, files: dict[str, Path]) -> None:
+    page = open_page("/").page
+
+    def tab_to(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id || document.activeElement.className") == name:
+                assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none", name
+                return
+        raise AssertionError(f"{name} cannot be reached")
+
+    tab_to("skip")
+    tab_to("weight_bits")
+    page.keyboard.press("3")
+    tab_to("preset")
+    page.keyboard.type("smoke")
+    for name, path in files.items():
+        tab_to(name)
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files(path)
+    tab_to("main")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx AQuant, W3A2")
+    expect(page.locator("#standing")).to_contain_text("for a worker to start")
+
+
+def test_dropped_files_find_their_fields(open_page: Open) -> None:
+    page = open_page("/").page
+    for target, names in (("#submission", ["b.ONNX", "calib.npz", "eval-set.npz"]), ("#model", ["odd.bin"])):
+        dropped = page.evaluate_handle(
+            """names => {
+                const dropped = new DataTransfer();
+                for (const name of names) dropped.items.add(new File(['x'], name));
+                return dropped;
+            }""",
+            names,
+        )
+        page.dispatch_event(target, "dragover", {"dataTransfer": dropped})
+        assert page.locator(".over").count() == 1
+        page.dispatch_event(target, "drop", {"dataTransfer": dropped})
+        assert page.locator(".over").count() == 0
+        chosen = page.evaluate(
+            "['model', 'calibration', 'evaluation'].map(n => document.getElementById(n).files[0]?.name)"
+        )
+        assert chosen == [names[0], "calib.npz", "eval-set.npz"]
+    expect(page.get_by_role("status")).to_have_text("odd.bin as model")
+
+
+def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, files: dict[str, Path]) -> None:
+    page = open_page("/", expected=("422",)).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.locator("summary").click()
+    page.locator("#config").fill('{"colour": 1}')
+    page.get_by_role("button", name="Quantize").click()
+    expect(page.get_by_role("alert")).to_contain_text("colour: unknown key")
+    expect(page.get_by_role("link", name="config_invalid")).to_have_attribute("href", "/errors#config_invalid")
+    page.locator("#config").fill("")
+    page.get_by_role("button", name="Quantize").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
+
+
+def test_without_scripts_everything_is_there(open_page: Open, files: dict[str, Path], page_jobs: PageJobs) -> None:
+    page = open_page("/", java_script_enabled=False).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_role("button", name="Quantize").click()
+    assert page.locator("h1").inner_text() == "net.onnx AQuant, W2A2"
+    assert page.locator("meta[http-equiv=refresh]").count() == 1
+    page.locator("#cancel").click()
+    assert "Cancelled" in page.locator("#standing").inner_text()
+    page.locator(".delete summary").click()
+    page.get_by_role("button", name="Delete it for good").click()
+    assert "None yet" in page.locator("#list").inner_text()
+    for _ in range(2):
+        page_jobs.succeeded(old_report())
+    page.reload()
+    for box in page.get_by_role("checkbox").all():
+        box.check()
+    page.get_by_role("button", name="Compare the two ticked").click()
+    assert page.locator(".lede").inner_text().startswith("B less A: +0.00 points")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_page_follows_its_job(open_page: Open, page_jobs: PageJobs, stream: bool) -> None:
+    """By events, and where they do not come through by asking."""
+    job_id = page_jobs.running(100)
+    watched = open_page("/", expected=() if stream else ("500",))
+    page = watched.page
+    if not stream:
+        page.route("**/events", lambda route: route.fulfill(status=500))
+    page.goto(f"/page/jobs/{job_id}")
+    expect(page.locator("#standing")).to_contain_text("iteration 100 of 300")
+    page.locator("#cancel").focus()
+    said = page.get_by_role("status")
+    page_jobs.go_on(job_id, 200)
+    expect(page.locator("#standing")).to_contain_text("iteration 200 of 300")
+    assert page.evaluate("document.activeElement.id") == "cancel"
+    assert said.inner_text() == ""  # another iteration interrupts nobody
+    page_jobs.go_on(job_id, 10, block=4)
+    expect(said).to_have_text("Running, reconstruct blocks, AQuant block 4 of 5")
+    with page_jobs.sessions.begin() as session:
+        JobRepository(session).cancel(job_id)
+    expect(said).to_have_text("Stopping")
+    expect(page).to_have_title(re.compile("residual.onnx: Stopping"))
+
+
+def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, page_jobs: PageJobs) -> None:
+    done = page_jobs.succeeded(old_report())
+    running = page_jobs.running(100)
+    page = open_page("/").page
+    page.locator(f"#tick-{done}").check()
+    page_jobs.queued(filename="another.onnx")
+    expect(page.get_by_role("link", name="another.onnx")).to_be_visible()
+    assert page.locator(f"#tick-{done}").is_checked()
+    page.locator(f"#cancel-{running}").click()
+    expect(page.locator("#standing")).to_contain_text("Stopping")
+
+
+def test_uploads_cannot_run_scripts(open_page: Open, page_jobs: PageJobs) -> None:
+    ids = [page_jobs.failed(EVIL, filename=EVIL), page_jobs.running(filename=EVIL), page_jobs.queued(filename=EVIL)]
+    page = open_page("/").page
+    for path in ("/", *(f"/page/jobs/{job_id}" for job_id in ids)):
+        page.goto(path)
+        assert EVIL in page.locator("main").inner_text()
+        assert page.evaluate("window.pwned") is None
+    page_jobs.go_on(ids[1], 210)  # and not by what is exchanged later
+    expect(page.locator("img")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_no_page_is_wider_than_the_screen(open_page: Open, page_jobs: PageJobs, width: int) -> None:
+    long = "a_rather_long_name_without_any_place_to_break_it_anywhere" * 2 + ".onnx"
+    done = [page_jobs.succeeded(old_report(), filename=long) for _ in range(2)]
+    running = page_jobs.running(filename=long)
+    page = open_page("/", viewport={"width": width, "height": 700}).page
+    for path in ("/", f"/page/jobs/{running}", f"/page/jobs/{done[0]}", f"/page/compare?job={done[0]}&job={done[1]}"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+def test_on_paper_there_are_no_buttons(open_page: Open, page_jobs: PageJobs) -> None:
+    job_id = page_jobs.running()
+    page = open_page("/").page
+    page.emulate_media(media="print")
+    for path in ("/", f"/page/jobs/{job_id}"):
+        page.goto(path)
+        assert page.locator("button:visible, input:visible, nav:visible").count() == 0
+        expect(page.get_by_text("residual.onnx").first).to_be_visible()
+
+
+def test_state_is_told_by_more_than_colour(open_page: Open, page_jobs: PageJobs) -> None:
+    page_jobs.running()
+    page_jobs.failed("x")
+    page = open_page("/", forced_colors="active").page
+    for words in ("Running", "Failed"):
+        expect(page.locator("td .state", has_text=words)).to_be_visible()
