@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +22,14 @@ from aquant_core.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from rich.status import Status
 
 for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
     if importlib.util.find_spec(_name) is None:
         raise ModuleNotFoundError(f"the core's commands need {_name}", name=_name)
 
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def quantize(
@@ -60,6 +63,7 @@ def quantize(
         bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
     ] = False,
     device: _Device = "cpu",
+    as_json: _AsJson = False,
 ) -> None:
     """Quantize a network on this machine, without a service."""
     options = {
@@ -88,17 +92,17 @@ def quantize(
     from aquant_core.resources import Resources
 
     if configuration.dry_run:
-        with _errors_told():
-            document = plan(model, calibration, configuration, evaluation, _Printed(), resources=Resources(chosen))
+        with _errors_told(), _progress_told() as told:
+            document = plan(model, calibration, configuration, evaluation, told, resources=Resources(chosen))
         typer.echo(json.dumps(document, indent=2))
         return
-    with _errors_told():
+    with _errors_told(), _progress_told() as told:
         result = run(
             model,
             calibration,
             configuration,
             evaluation,
-            _Printed(),
+            told,
             resources=Resources(chosen),
             resume_from=resume_from,
         )
@@ -107,6 +111,10 @@ def quantize(
         page = report.suffix.lower() in (".html", ".htm")
         text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
         report.write_text(text, encoding="utf-8")
+    if as_json:
+        found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "warnings")}
+        typer.echo(json.dumps({"path": str(output), "bytes": output.stat().st_size, **found}, indent=2))
+        return
     for warning in result.report["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     for name, measured in (result.report["accuracy"] or {}).items():
@@ -126,7 +134,7 @@ def evaluate(
     ] = None,
     integers: Annotated[bool, typer.Option("--integers", help="Run checkpoints on integers (IntegerModel).")] = False,
     device: _Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Measure a network: accuracy where the images have labels, agreement with another network."""
     chosen = _device(device)
@@ -170,6 +178,7 @@ def export(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Images to compare it on with the checkpoint, code by code."),
     ] = None,
+    as_json: _AsJson = False,
 ) -> None:
     """Write a checkpoint as ONNX with standard operators."""
     import onnx
@@ -186,10 +195,15 @@ def export(
         if images is not None:
             check_image_shape(model.graph.input_shape, images, "evaluation")
         aquant_core.write_onnx(model, output)
-        typer.echo(f"{output}  {output.stat().st_size:,} bytes")
-        if images is None:
-            return
-        found = onnx_agreement.compare(model, onnx.load(output), images)
+        size = output.stat().st_size
+        found = None if images is None else onnx_agreement.compare(model, onnx.load(output), images)
+    if as_json:
+        agreement = None if found is None else {**asdict(found), "share_differing": found.share_differing}
+        typer.echo(json.dumps({"path": str(output), "bytes": size, "agreement": agreement}, indent=2))
+        return
+    typer.echo(f"{output}  {size:,} bytes")
+    if found is None:
+        return
     typer.echo(
         f"{found.images:,} images in onnxruntime: {sum(found.differing_given_input.values()):,} of "
         f"{sum(found.codes.values()):,} codes differ given the same input, a share of {found.share_differing:.2g} in "
@@ -228,20 +242,38 @@ def _errors_told() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-class _Printed:
-    """Prints progress to stderr, a line for each stage and block, as a log has it."""
+@contextlib.contextmanager
+def _progress_told() -> Iterator[_Told]:
+    """Progress on stderr: one line that changes on a terminal, a line for each step elsewhere, as a log has it."""
+    from rich.console import Console
 
-    def __init__(self) -> None:
-        self._told: tuple[str, str | None, int] | None = None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Told(None)
+        return
+    with console.status("") as status:
+        yield _Told(status)
+
+
+class _Told:
+    """Tells how far a run is."""
+
+    def __init__(self, status: Status | None) -> None:
+        self._status = status
+        self._step: tuple[str, str | None, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
         step = (progress.stage, progress.method, progress.block)
-        if step == self._told:
+        if self._status is None and step == self._step:
             return
-        self._told = step
+        self._step = step
         words = [progress.stage, progress.method or ""]
         if progress.block:
             words.append(f"block {progress.block} of {progress.blocks}")
         if progress.eta_seconds is not None:
             words.append(f"{progress.eta_seconds:.0f} s left")
-        typer.echo(" ".join(word for word in words if word), err=True)
+        line = " ".join(word for word in words if word)
+        if self._status is None:
+            typer.echo(line, err=True)
+        else:
+            self._status.update(line)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands.options import AsJson
+
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
@@ -67,14 +69,17 @@ def create(
 
 
 @keys.command("list")
-def list_keys(data_dir: DataDir = None) -> None:
+def list_keys(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """List all keys, also those that are revoked or have expired."""
     with _database(data_dir) as (session, _):
         from service.jobs.keys import KeyRepository
 
-        lines = [_line(key) for key in KeyRepository(session).all()]
-    for line in lines:
-        typer.echo(line)
+        found = KeyRepository(session).all()
+    if as_json:
+        typer.echo(json.dumps([_document(key) for key in found], indent=2))
+        return
+    for key in found:
+        typer.echo(_line(key))
 
 
 @keys.command()
@@ -161,6 +166,14 @@ def _database(data_dir: Path | None) -> Iterator[tuple[Session, Settings]]:
             yield session, settings
     finally:
         engine.dispose()
+
+
+def _document(key: KeyRecord) -> dict[str, str | None]:
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at", "last_used_at")}
+    return {
+        **{name: getattr(key, name) for name in ("id", "name", "owner", "scope")},
+        **{name: None if at is None else at.isoformat() for name, at in times.items()},
+    }
 
 
 def _line(key: KeyRecord) -> str:

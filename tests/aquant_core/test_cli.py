@@ -183,6 +183,18 @@ def test_without_labels_agreement_is_told(folder: Path, tmp_path: Path) -> None:
     assert "quantized  decides as the float network on" in done.stdout
 
 
+def test_programs_are_told_in_json(folder: Path, tmp_path: Path) -> None:
+    done = run("quantize", folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--method", "nearest",
+               "-o", tmp_path / "q", "--report", tmp_path / "report.json", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert json.loads(done.stdout) == {
+        "path": str(tmp_path / "q"),
+        "bytes": (tmp_path / "q").stat().st_size,
+        **{name: report[name] for name in ("accuracy", "fidelity", "size", "warnings")},
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "why"),
     [

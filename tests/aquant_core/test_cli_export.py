@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_writes_and_compares(checkpoint: Path, tmp_path: Path) -> None:
     assert f"{output.stat().st_size:,} bytes" in done.output
     assert "16 images in onnxruntime: 0 of" in done.output
     assert "16 predictions are the same" in done.output
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert (found["path"], found["bytes"]) == (str(output), output.stat().st_size)
+    assert (found["agreement"]["images"], found["agreement"]["share_differing"]) == (16, 0)
     aquant_core.write_onnx(aquant_core.load(checkpoint), tmp_path / "again.onnx")
     assert output.read_bytes() == (tmp_path / "again.onnx").read_bytes()
 

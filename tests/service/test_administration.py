@@ -73,6 +73,11 @@ def test_a_key_is_printed_once_listed_without_its_secret_and_revoked(sessions: S
     with pytest.raises(KeyInvalidError, match="revoked"):
         accept(sessions, token)
     assert "revoked 20" in run("keys", "list")[0].splitlines()[0]
+    for document, line in zip(
+        json.loads(run("keys", "list", "--json")[0]), run("keys", "list")[0].splitlines(), strict=True
+    ):
+        assert line.split()[:4] == [document[name] for name in ("id", "owner", "name", "scope")]
+        assert (document["revoked_at"] is not None) == ("revoked" in line)
     assert "No key of the name or id 'laptop'" in refuse("keys", "revoke", "laptop")
 
 
