@@ -455,7 +455,7 @@ def resident(part: Part, what: str) -> int:
 
 def drain(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Queued while no worker is there, listed, then worked off: each once, and in order."""
-    config = {"method": "nearest", "weight_bits": 8, "activation_bits": 8}
+    config = {"method": "nearest", "weight_bits": 8, "activation_bits": 8, "sensitivity": False}
     calibration = data / "calibration.npz"
     shrunk(EXAMPLE / "calibration.npz", calibration, 16)
     settings = settings_in(data, "drain")

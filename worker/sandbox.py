@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import signal
 import subprocess
@@ -90,8 +91,9 @@ def run(
     assert child.stdout is not None
     assert child.stderr is not None
     tail = bytearray()
+    within = contextvars.copy_context()  # what is logged of a line is about the job, too
     readers = [
-        threading.Thread(target=_read_lines, args=(child.stdout, on_line), daemon=True),
+        threading.Thread(target=within.run, args=(_read_lines, child.stdout, on_line), daemon=True),
         threading.Thread(target=_read_tail, args=(child.stderr, tail), daemon=True),
     ]
     for reader in readers:
