@@ -206,7 +206,9 @@ def test_log_lines_tell_their_job(stack: Stack, finished: tuple[JobDocument, lis
         time.sleep(0.1)
     lines = lines_of(stack, "worker")[messages.index(first) : messages.index(last) + 1]
     about = {"job_id": job.id, "attempt": 1, "request_id": accepted["request_id"], "trace_id": accepted["trace_id"]}
-    assert [line for line in lines if not line["logger"].startswith("celery") and not about.items() <= line.items()] == []
+    assert [
+        line for line in lines if not line["logger"].startswith("celery") and not about.items() <= line.items()
+    ] == []
 
 
 def test_trace_goes_from_the_request_to_the_blocks(
