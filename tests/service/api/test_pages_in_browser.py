@@ -117,7 +117,7 @@ def test_a_job_is_submitted_by_keyboard_alone(open_page: Open, files: dict[str, 
     for name, path in files.items():
         tab_to(name)
         with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
+            page.keyboard.press("Space")
         chooser.value.set_files(path)
     tab_to("main")
     page.keyboard.press("Enter")

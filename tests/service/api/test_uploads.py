@@ -206,6 +206,7 @@ def test_jobs_name_uploads(
         "size": len(onnx_model),
         "sha256": digest_of(onnx_model),
         "format": "onnx",
+        "filename": None,
     }
     assert by_form.json()["files"].keys() == {"model", "calibration", "evaluation"}
     assert queue.depth("cpu") == 2
