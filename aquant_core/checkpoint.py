@@ -142,7 +142,10 @@ def write(path: str | Path, document: Mapping[str, Any], tensors: Mapping[str, n
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()  # as any new file is made: the library's own are its user's alone
+        mode = partial.stat().st_mode
         save_file(contiguous, partial, {_KEY: text})
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

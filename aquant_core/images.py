@@ -160,6 +160,8 @@ def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
             head = file.read(9)
             if head[8:9] == b"{" and not head.startswith(b"PK"):
                 return dict(load_file(path))
+            if not head.startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle, and say so
+                raise ValueError("it is neither .npz, .npy nor safetensors")
             file.seek(0)
             loaded: Any = np.load(file, allow_pickle=False)  # by its path, numpy leaves a damaged file open
             if isinstance(loaded, np.ndarray):

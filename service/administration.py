@@ -60,10 +60,14 @@ def create(
         first = not repository.any()
         key, token = repository.create(name, owner, "metrics" if metrics else "jobs", expires_at)
         adopted = OwnerRepository(session).adopt(owner) if adopt else 0
+        where = session.get_bind().engine.url.render_as_string()
     typer.echo(f"Key {key.id} ({name}) of {owner}; this is the only time it is shown:", err=True)
     typer.echo(token)
     if first:
-        typer.echo("It is the first: from now on every request needs a key.", err=True)
+        typer.echo(
+            f"It is the first in {where}: from now on every request needs a key, where the service has this database.",
+            err=True,
+        )
     if adopt:
         typer.echo(f"{owner} now has the {adopted} jobs that nobody had.", err=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -111,6 +112,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    _require_free(settings.host, settings.port)
     components: list[Component] = []
 
     with ExitStack() as stack:
@@ -210,6 +212,21 @@ def _session(settings: Settings) -> Iterator[Session]:
             yield session
     finally:
         engine.dispose()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Or another service would answer for the one that cannot start."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the API does
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return  # of what else is wrong with the address the API's log tells
+            raise StackError(
+                f"The API cannot listen on {host}, port {port}: {error.strerror}. Give another one (--port; 0 takes a "
+                "free one), or end what listens there."
+            ) from error
 
 
 def free_port(host: str) -> int:

@@ -26,7 +26,7 @@ def download(
     job_id: JobId,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", dir_okay=False, help="File to write (default quantized.safetensors or .onnx)."),
+        typer.Option("--output", "-o", dir_okay=False, help="File to write (default aquant-ID.safetensors or .onnx)."),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="The network as ONNX, not the checkpoint.")] = False,
     as_json: AsJson = False,
@@ -36,7 +36,7 @@ def download(
     """Fetch the checkpoint of a job that succeeded, or its ONNX; goes on where an earlier try was cut off."""
     from service.commands.progress import transfer_display
 
-    output = output or Path("quantized.onnx" if onnx else "quantized.safetensors")
+    output = output or Path(f"aquant-{job_id}.{'onnx' if onnx else 'safetensors'}")
     with open_client(url, key) as client, transfer_display() as transferred:
         try:
             digest = client.download(job_id, output, "onnx" if onnx else "checkpoint", transferred)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,15 @@ def test_killed_up_takes_its_parts_along(tmp_path: Path) -> None:
         family = psutil.Process(up.pid).children(recursive=True)
         up.kill()
     assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        argv = [sys.executable, "-m", "service.cli", "up", "--port", port, "--data-dir", str(tmp_path)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"port {port}" in done.stderr
+    assert "Traceback" not in done.stderr
