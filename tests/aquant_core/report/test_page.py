@@ -89,6 +89,14 @@ def page(report: dict[str, Any]) -> Page:
     return Page(render(with_everything(report)))
 
 
+def test_it_says_so_when_no_layer_stands_out(report: dict[str, Any]) -> None:
+    report = with_everything(report)
+    report["sensitivity"]["layers"][0]["interval"] = [-0.001, 0.021]
+    shown = Page(render(report)).shown
+    assert "No single layer stands out" in shown
+    assert "Raise second" not in shown
+
+
 def test_it_says_what_the_report_says(page: Page, report: dict[str, Any]) -> None:
     shown = page.shown
     accuracy = report["accuracy"]["quantized"]
@@ -97,6 +105,8 @@ def test_it_says_what_the_report_says(page: Page, report: dict[str, Any]) -> Non
     assert "Held : the drop is 0.75 points" in shown
     assert "Few images." in shown
     assert "+1.23" in shown  # the sensitivity's gain
+    assert "Raise second first" in shown
+    assert '"layers": {"second": {"activation_bits": 4, "weight_bits": 4}}' in shown
     for name in ("Float", "Rounding to nearest", "QDrop", "AQuant"):
         assert name in shown
     for part in (*report["layers"], *report["blocks"]):
