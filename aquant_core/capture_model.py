@@ -53,6 +53,11 @@ def capture(
     elif head[8:9] == b"{":
         state = _read_safetensors(path)
     else:
+        if architecture is not None:
+            raise ModelFormatError(
+                f'The file is no state dict, and "architecture" names a network for one: {architecture!r}.',
+                "Leave it out: ONNX holds its own network.",
+            )
         declared = onnx_input_shape(path)
         if example is None:
             channels, height, width = declared

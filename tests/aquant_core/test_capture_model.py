@@ -121,6 +121,12 @@ def test_images_of_another_size_than_declared_are_refused(tmp_path: Path, exampl
         capture(write_onnx(tmp_path / "a"), example=example)
 
 
+def test_onnx_takes_no_architecture() -> None:
+    model = Path(__file__).parents[2] / "examples" / "digits" / "plain.onnx"
+    with pytest.raises(ModelFormatError, match=r"'resnet18'.*ONNX holds its own network"):
+        capture(model, "resnet18")
+
+
 def test_a_state_dict_needs_its_architecture(tmp_path: Path, state: dict[str, Tensor]) -> None:
     save_file(state, tmp_path / "a")
     with pytest.raises(ModelFormatError, match=r'weights without a network.*"architecture"'):
