@@ -17,6 +17,7 @@ class PlannedBlock(BaseModel):
 
     name: str
     layers: list[str]
+    learned: Annotated[bool, Field(description="Whether it is reconstructed; progress counts no others.")] = True
     seconds: Annotated[float | None, Field(description="For all methods together.")] = None
     peak_bytes: int | None = None
     placement: Annotated[
