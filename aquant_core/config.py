@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Method = Literal[
     "nearest", "a_rounding", "adaround", "brecq", "qdrop", "qdrop_refactored", "aquant_no_border", "aquant"
@@ -148,6 +148,14 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _as_tuple(value: object) -> object:
+    """JSON has no tuples: where a list stands for one, strict validation takes it, too."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+_FromList = BeforeValidator(_as_tuple)
+
+
 class Preprocess(_Strict):
     """How image files become what the network takes, as torchvision does it; the defaults are ImageNet's usual ones.
 
@@ -155,12 +163,16 @@ class Preprocess(_Strict):
     it grey.
     """
 
-    size: Annotated[Pixels | tuple[Pixels, Pixels], Field(description="Of the shorter side, or [height, width].")] = 256
+    size: Annotated[
+        Pixels | tuple[Pixels, Pixels], _FromList, Field(description="Of the shorter side, or [height, width].")
+    ] = 256
     crop: Annotated[
-        Pixels | tuple[Pixels, Pixels] | None, Field(description="From the centre; null keeps the whole image.")
+        Pixels | tuple[Pixels, Pixels] | None,
+        _FromList,
+        Field(description="From the centre; null keeps the whole image."),
     ] = 224
-    mean: Annotated[tuple[_Number, ...], Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
-    std: Annotated[tuple[_Deviation, ...], Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
+    mean: Annotated[tuple[_Number, ...], _FromList, Field(min_length=1, max_length=3)] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[_Deviation, ...], _FromList, Field(min_length=1, max_length=3)] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     @model_validator(mode="after")

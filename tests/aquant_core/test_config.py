@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -327,3 +328,14 @@ def test_what_makes_no_sense_with_a_target_is_refused(changes: dict[str, Any], r
     with pytest.raises(ValidationError, match=re.escape(refusal)):
         QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}} | changes)
     QuantizationConfig.model_validate({"target": {"max_accuracy_drop": 1}, "activation_bits": 32})
+
+
+def test_lists_of_json_are_taken_where_nothing_else_is_coerced() -> None:
+    preprocess = {"size": [8, 9], "crop": [8, 8], "mean": [0.5], "std": [0.25]}
+    text = json.dumps({"weight_bits": 2, "activation_bits": 2, "preprocess": preprocess})
+    read = QuantizationConfig.model_validate_json(text, strict=True)
+    assert read == QuantizationConfig.model_validate_json(text)
+    assert read.preprocess is not None
+    assert (read.preprocess.size, read.preprocess.mean) == ((8, 9), (0.5,))
+    with pytest.raises(ValidationError, match="dry_run"):
+        QuantizationConfig.model_validate_json(text[:-1] + ', "dry_run": "yes"}', strict=True)
