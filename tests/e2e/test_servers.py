@@ -47,9 +47,11 @@ def test_job_from_upload_to_deletion(storage: Storage, s3: S3, tmp_path: Path) -
         health = httpx.get(f"{stack.url}/health/ready").json()
         assert health["checks"] == {"database": "ok", "artifacts": "ok", "broker": "ok", "workers": "1 alive"}
         kept = {key.rpartition("/")[2] for key in artifacts.keys(f"jobs/{job.id}")}
-        assert kept == {"model", "calibration", "quantized.safetensors", "report.json"}
+        assert kept == {"quantized.onnx", "quantized.safetensors", "report.json"}
         client.delete(job.id)
-        assert artifacts.keys("") == []
+        assert (
+            len(artifacts.keys("uploads")) == len(artifacts.keys("")) == 2
+        )  # other jobs may name them, until they expire
         with pytest.raises(ServiceProblemError, match="There is no job"):
             client.get(job.id)
     assert sorted(path.name for path in settings.data_dir.iterdir()) == ["broker", "logs", "work"]
