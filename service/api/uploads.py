@@ -211,8 +211,15 @@ class _Receiver:
             return upload
         try:
             return await self._finish(upload, stored)
-        except FileNotFoundError:  # deleted meanwhile
-            raise UploadNotFoundError(self._sha256) from None
+        except FileNotFoundError:  # its pieces are gone: another request has just joined them, or it is deleted
+            upload = await run_in_threadpool(self._as_it_is)
+            if upload.key is None:
+                raise UploadNotFoundError(self._sha256) from None
+            return upload
+
+    def _as_it_is(self) -> UploadRecord:
+        with self._owner.uploads() as uploads:
+            return uploads.get(self._sha256)
 
     async def _finish(self, upload: UploadRecord, last: Stored | None) -> UploadRecord:
         if last is None or last.size != upload.size:  # more than one piece

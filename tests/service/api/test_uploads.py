@@ -172,7 +172,9 @@ def test_pieces_at_once_end_in_one_whole_file(web: Client, artifacts: Artifacts)
         while offset < len(DATA):
             answer = put(web, offset, min(len(DATA), offset + 250_000))
             statuses.add(answer.status_code)
-            offset = answer.json()["offset"]
+            document = answer.json()
+            assert "offset" in document, document
+            offset = document["offset"]
         return statuses
 
     with ThreadPoolExecutor(4) as pool:
