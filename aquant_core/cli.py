@@ -19,6 +19,18 @@ import typer
 from aquant_core.config import QuantizationConfig, read_configuration
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
+from aquant_core.run_options import (
+    Architecture,
+    AsJson,
+    Calibration,
+    ConfigSource,
+    Evaluation,
+    LayerBits,
+    MethodName,
+    Model,
+    PresetOption,
+    Seed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,29 +41,22 @@ for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
         raise ModuleNotFoundError(f"the core's commands need {_name}", name=_name)
 
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
-    ],
+    model: Model,
+    calibration: Calibration,
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
         "quantized.safetensors"
     ),
-    weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")] = None,
-    preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    config: Annotated[
-        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
-    ] = None,
+    weight_bits: LayerBits = None,
+    activation_bits: LayerBits = None,
+    evaluation: Evaluation = None,
+    method: MethodName = None,
+    preset: PresetOption = None,
+    architecture: Architecture = None,
+    seed: Seed = None,
+    config: ConfigSource = None,
     report: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON."),
@@ -63,7 +68,7 @@ def quantize(
         bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
     ] = False,
     device: _Device = "cpu",
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a network on this machine, without a service."""
     options = {
@@ -134,7 +139,7 @@ def evaluate(
     ] = None,
     integers: Annotated[bool, typer.Option("--integers", help="Run checkpoints on integers (IntegerModel).")] = False,
     device: _Device = "cpu",
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a network: accuracy where the images have labels, agreement with another network."""
     chosen = _device(device)
@@ -178,7 +183,7 @@ def export(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Images to compare it on with the checkpoint, code by code."),
     ] = None,
-    as_json: _AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as ONNX with standard operators."""
     import onnx

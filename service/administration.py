@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.options import AsJson
+from aquant_core.run_options import AsJson
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

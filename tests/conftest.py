@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import servers
 from hypothesis import settings
 from servers import Storage
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 settings.register_profile("long", max_examples=5_000)
 
@@ -48,6 +52,16 @@ def s3() -> Iterator[servers.S3]:
         if isinstance(server, str):
             pytest.skip(server)
         yield server
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    import browser
+
+    with browser.chromium() as found:
+        if isinstance(found, str):
+            pytest.skip(found)
+        yield found
 
 
 @pytest.fixture(params=["sqlite-folder", "postgresql-s3"])

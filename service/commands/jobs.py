@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aquant_core.config import read_configuration
+from aquant_core.run_options import (
+    Architecture,
+    AsJson,
+    Calibration,
+    ConfigSource,
+    Evaluation,
+    LayerBits,
+    MethodName,
+    Model,
+    PresetOption,
+    Seed,
+)
 from service.commands.exit_codes import OF_JOBS, ExitCode
-from service.commands.options import DEFAULT_URL, AsJson, JobId, Key, Timeout, Url, open_client
+from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
 from service.jobs.states import Device, JobState
 
 if TYPE_CHECKING:
@@ -19,22 +30,16 @@ if TYPE_CHECKING:
 
 
 def submit(
-    model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")],
-    calibration: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Images: .npz, .npy, .safetensors; or zip, tar.")
-    ],
-    weight_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")] = None,
-    preset: Annotated[str | None, typer.Option(help="smoke, fast or paper.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    config: Annotated[
-        str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")
-    ] = None,
+    model: Model,
+    calibration: Calibration,
+    weight_bits: LayerBits = None,
+    activation_bits: LayerBits = None,
+    evaluation: Evaluation = None,
+    method: MethodName = None,
+    preset: PresetOption = None,
+    architecture: Architecture = None,
+    seed: Seed = None,
+    config: ConfigSource = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan it alone: blocks, size, time and memory, in the report.")
     ] = False,

@@ -1,4 +1,4 @@
-"""What the commands that talk to a service have in common: its address, the key, JSON."""
+"""What the commands that talk to a service have in common: its address, the key, the job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ Key = Annotated[
     typer.Option("--key", envvar="AQUANT_API_KEY", help="API key; the variable keeps it out of the list of processes."),
 ]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Timeout = Annotated[
     float | None, typer.Option(min=0, metavar="SECONDS", help="Follow it for so long at most; then exit with 5.")
 ]

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from service.commands.options import DEFAULT_URL, AsJson, JobId, Key, Url, open_client
+from aquant_core.run_options import AsJson
+from service.commands.options import DEFAULT_URL, JobId, Key, Url, open_client
 
 
 def report(

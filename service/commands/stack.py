@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
+from aquant_core.run_options import AsJson
 from service.commands.exit_codes import ExitCode
-from service.commands.options import DEFAULT_URL, AsJson, Key, Url, open_client
+from service.commands.options import DEFAULT_URL, Key, Url, open_client
 
 
 def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from reports import Net
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import DryRunError, UnknownLayerError
@@ -19,22 +19,6 @@ from aquant_core.progress import Progress
 from aquant_core.report.plan import Plan
 
 SHORT = Preset(6, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
-
-
-class Net(nn.Module):
-    """A stem, a residual block and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1)
-        self.first = nn.Conv2d(6, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 6, 3, padding=1)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.second(torch.relu(self.first(x))))
-        return self.fc(x.mean((2, 3)))
 
 
 torch.manual_seed(0)

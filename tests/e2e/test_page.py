@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import browser
 import httpx
 import pytest
 from browser import Watched
@@ -26,14 +25,6 @@ pytestmark = pytest.mark.e2e
 EXAMPLE = Path(__file__).parents[2] / "examples/fashion_mnist"
 FILES = {"model": "residual.onnx", "calibration": "calibration.npz", "evaluation": "evaluation.npz"}
 PATIENCE = 240_000
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser.chromium() as found:
-        if isinstance(found, str):
-            pytest.skip(found)
-        yield found
 
 
 @pytest.fixture(scope="module")

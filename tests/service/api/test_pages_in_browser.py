@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import browser
 import pytest
 from browser import Watched
 from httpx import Client
@@ -20,14 +19,6 @@ pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True
 
 Open = Callable[..., Watched]
 EVIL = '"><img src=x onerror="window.pwned=1"><script>window.pwned=1</script>'
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser.chromium() as found:
-        if isinstance(found, str):
-            pytest.skip(found)
-        yield found
 
 
 @pytest.fixture
