@@ -15,6 +15,8 @@ from servers import Storage
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+settings.register_profile("patient", settings.default, deadline=None)  # a busy machine is not a slow law
+settings.load_profile("patient")
 settings.register_profile("long", max_examples=5_000)
 
 

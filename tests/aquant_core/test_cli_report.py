@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import uploads
 from typer.testing import CliRunner
@@ -36,7 +37,7 @@ def test_the_report_is_a_page_by_its_name(folder: Path) -> None:
     assert "reconstruct aquant block 1 of" in done.stderr
     page = (folder / "report.html").read_text()
     assert "aquant quantize model.onnx --calibration images.npz --config" in page
-    assert IntegerModel(aquant_core.load("quantized.safetensors")) is not None
+    assert IntegerModel(aquant_core.load("quantized.safetensors"))(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_the_command_in_the_report_repeats_the_run(folder: Path) -> None:

@@ -122,11 +122,6 @@ def outcomes(stack: Stack, marker: Path) -> Outcomes:
     with Client(stack.url) as client:
         outcomes.jobs = {name: client.wait(job_id, PATIENCE) for name, job_id in accepted.items()}
     outcomes.growth = {name: peak(process) - rss for name, (process, rss) in before.items()}
-    print(
-        "GROWTH",
-        {n: round(v / MIB) for n, v in outcomes.growth.items()},
-        {n: round(r / MIB) for n, (_, r) in before.items()},
-    )
     deadline = time.monotonic() + 10  # a row is finished a little before its files are gone
     while (left := list((stack.data_dir / "work").iterdir())) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -37,7 +37,7 @@ runner.run()
 
 @pytest.mark.parametrize(
     ("limits", "ends", "code"),
-    [({}, JobState.CANCELLED, None), ({"AQUANT_JOB_SECONDS": "1"}, JobState.FAILED, "time_limit_exceeded")],
+    [({}, JobState.CANCELLED, None), ({"AQUANT_JOB_SECONDS": "5"}, JobState.FAILED, "time_limit_exceeded")],
 )
 def test_a_process_in_an_endless_step_is_ended_with_its_job(
     settings: Settings,
@@ -68,7 +68,7 @@ def test_a_process_in_an_endless_step_is_ended_with_its_job(
         if not limits:
             with sessions.begin() as session:
                 JobRepository(session).cancel("job")
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     assert state(sessions, "job") == ends
     with sessions() as session:
         error = session.get_one(JobRecord, "job").error

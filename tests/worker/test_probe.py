@@ -56,7 +56,7 @@ def test_a_gpu_that_does_not_compute_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, why: str
 ) -> None:
     answers(monkeypatch, code)
-    monkeypatch.setattr(probe, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 1.0 if "sleep" in code else 60.0)
     found = find_device(Settings(data_dir=tmp_path))
     assert found.device == "cpu"
     assert why in found.detail

@@ -70,7 +70,7 @@ def test_cpu(tmp_path: Path) -> None:
 
 
 def test_wall_clock_ends_the_whole_family(tmp_path: Path) -> None:
-    limits = Limits(wall_seconds=0.5, cpu_seconds=20, memory_bytes=512 * MIB, file_bytes=MIB)
+    limits = Limits(wall_seconds=5, cpu_seconds=20, memory_bytes=512 * MIB, file_bytes=MIB)
     program = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

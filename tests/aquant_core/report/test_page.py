@@ -62,6 +62,12 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
+def tables_of(page: Page) -> list[str]:
+    tables = re.findall(r"<table\b.*?</table>", page.text, re.DOTALL)
+    assert len(tables) >= 5
+    return tables
+
+
 def with_everything(report: dict[str, Any]) -> dict[str, Any]:
     """Adds what only some runs have."""
     report["warnings"] = ["Few images."]
@@ -168,7 +174,7 @@ def test_drawings_have_words_and_tables_have_headers(page: Page) -> None:
         for element in svg:
             for name, limit in (("x", width), ("y", height), ("x1", width), ("x2", width), ("y1", height)):
                 assert 0 <= float(element.get(name, 0)) <= limit, ElementTree.tostring(element)
-    for table in re.findall(r"<table>.*?</table>", page.text, re.DOTALL):
+    for table in tables_of(page):
         assert "<caption>" in table
         assert all("scope=" in header for header in re.findall(r"<th[^>a-z][^>]*>|<th>", table))
         assert all('<th scope="row">' in row for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL) if "<td" in row)
@@ -193,7 +199,7 @@ def test_without_script_every_layer_is_shown(page: Page, report: dict[str, Any])
 
 def test_columns_line_up(page: Page) -> None:
     """Each row of a table has as many cells as its header, whose second row fills what the first one spans."""
-    for table in re.findall(r"<table>.*?</table>", page.text, re.DOTALL):
+    for table in tables_of(page):
         rows = [re.findall(r"<t[hd]([^>]*)>", row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)]
         widths = [sum(int((re.search(r'colspan="(\d+)"', cell) or [0, 1])[1]) for cell in row) for row in rows]
         if any("rowspan" in cell for cell in rows[0]):

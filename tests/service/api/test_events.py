@@ -207,6 +207,7 @@ def test_waiting_takes_neither_threads_nor_connections(
     engine = application.state.parts.sessions.kw["bind"]
     while engine.pool.checkedout() != 0:  # but for the moments in which one looks
         threading.Event().wait(0.01)
+    assert answers == []
     claim(sessions, job_id)
     for stream in streams:
         assert stream.next("state").data["state"] == "running"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cutting_proxy import Cut, CuttingProxy
 from servers import PAIRS
 
 from service.client import DigestMismatchError, ServiceProblemError, ServiceUnreachableError, transfers
+from service.client import patience as patience_module
 from service.settings import Settings
 
 pytestmark = pytest.mark.parametrize("storage", PAIRS[:1], indirect=True)
@@ -48,6 +50,7 @@ def test_an_upload_goes_on_where_the_connection_broke(
     client: Any, proxy: CuttingProxy, web: httpx.Client, big: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "PIECE_BYTES", 600_000)
+    monkeypatch.setattr(patience_module, "FIRST_PAUSE_SECONDS", 1.0)  # until the service has noticed, and stored it
     proxy.cuts += [Cut("up", b"PUT /uploads", 300_000), Cut("up", b"PUT /uploads", 300_000)]
     seen: list[tuple[str, int, int | None]] = []
     assert client.upload(big, lambda *told: seen.append(told)) == SHA256
@@ -166,16 +169,17 @@ def test_what_a_broken_download_has_left_is_used_by_the_next(
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("size", [1000, len(DATA), len(DATA) + 1])
+@pytest.mark.parametrize(("size", "refused"), [(1000, True), (len(DATA), False), (len(DATA) + 1, False)])
 def test_a_partial_file_that_was_spoilt_spoils_nothing(
-    client: Any, succeeded: Finished, tmp_path: Path, size: int
+    client: Any, succeeded: Finished, tmp_path: Path, size: int, refused: bool
 ) -> None:
+    """What cannot be its beginning is thrown away; what may be is found out in the end, and nothing of it stays."""
     job_id, target = succeeded(checkpoint=DATA), tmp_path / "out" / "q"
     target.parent.mkdir()
     (target.parent / f"q.{SHA256}.partial").write_bytes(bytes(size))
-    try:
+    with pytest.raises(DigestMismatchError) if refused else nullcontext():
         client.download(job_id, target)
-    except DigestMismatchError:
+    if refused:
         assert list(target.parent.iterdir()) == []
         client.download(job_id, target)
     assert target.read_bytes() == DATA
