@@ -18,7 +18,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -33,6 +32,7 @@ from record import RESULTS, command, commit, write
 from service.client import Client, ServiceProblemError, ServiceUnreachableError
 from service.jobs.schemas import JobDocument
 from service.jobs.states import JobState
+from service.local import free_port
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
@@ -114,13 +114,13 @@ def main() -> None:
     parser.add_argument("--debian", metavar="IMAGE", help="build the servers upon this Debian, instead of pulling them")
     parser.add_argument("--out", type=Path, default=RESULTS / "compose_check.json")
     options = parser.parse_args()
-    port = free_port()
+    port = free_port("127.0.0.1")
     environment = {"API_PORT": str(port)} | {f"{name.upper()}_IMAGE": own(name) for name in SERVERS if options.debian}
     deployment = Deployment(*find_engine(), environment)
     steps: dict[str, Any] = {}
     wrong: list[str] = []
     url = f"http://127.0.0.1:{port}"
-    with Client(url, timeout=120.0) as client, volumes(deployment):
+    with Client(url) as client, volumes(deployment):
         try:
             for name, step in plan(deployment, client, url, options.debian):
                 print(f"{name} ...", flush=True)
@@ -391,12 +391,6 @@ def find_engine() -> tuple[str, list[str]]:
 
 def run_quietly(argv: list[str]) -> int:
     return subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def expect(condition: bool, otherwise: str) -> None:

@@ -23,7 +23,6 @@ keys = typer.Typer(name="keys", help="API keys, in the database that the setting
 owners = typer.Typer(name="owners", help="What each owner of keys uses, and may use.", no_args_is_help=True)
 
 OWNER = r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}"
-NAME_LENGTH = 64
 
 DataDir = Annotated[Path | None, typer.Option(help="As of `aquant up` (default ./data).")]
 
@@ -46,7 +45,9 @@ def create(
     owner: Owner,
     expires_in: Annotated[int | None, typer.Option(min=1, metavar="DAYS", help="Days it is good for.")] = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="For GET /metrics, and nothing else.")] = False,
-    adopt: Annotated[bool, typer.Option("--adopt", help="The owner gets the jobs that nobody has.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="The owner gets the jobs that nobody has; unused uploads stay nobody's.")
+    ] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Make a key and print it, once: it is not kept. With the first, the service asks everybody for one."""

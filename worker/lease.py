@@ -124,11 +124,6 @@ class Lease:
         except SQLAlchemyError as error:  # a missing stage or block is no reason to lose the work
             log.warning("job %s: its latest events could not be written: %s", self.claim.job_id, error)
 
-    def write(self) -> None:
-        """Write what was reported last now, not at the next renewal: for work that ends with it."""
-        self._renew()
-        self.check()
-
     def check(self) -> None:
         """Raise if the work must stop here."""
         if self._stop is None and time.monotonic() > self._deadline:

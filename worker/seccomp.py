@@ -11,7 +11,7 @@ import os
 import platform
 import struct
 
-_SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
+_SET_SECCOMP, _FILTER = 22, 2
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 # Classic BPF (linux/filter.h, linux/seccomp.h): (code, jump if true, jump if false, operand)
@@ -57,16 +57,17 @@ class _Program(ctypes.Structure):
 
 
 def restrict() -> bool:
-    """Puts the filter on this thread and all that it starts; whether that could be done."""
+    """Puts the filter on this thread and all that it starts; whether that could be done.
+
+    It must have given up new privileges (``PR_SET_NO_NEW_PRIVS``) before.
+    """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         return False
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in _filter(*_ARCHITECTURES[machine], os.getpid()))
     libc = ctypes.CDLL(None, use_errno=True)
     program = _Program(len(code) // 8, code)
-    return not libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0) and not libc.prctl(
-        _SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0
-    )
+    return not libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0)
 
 
 def _filter(column: int, architecture: int, process: int) -> list[tuple[int, int, int, int]]:

@@ -166,7 +166,7 @@ class JobRunner:
         config = QuantizationConfig.model_validate(job.config)
         if config.dry_run:
             document = plan(model, calibration, config, evaluation, report, resources=granted)
-            lease.write()
+            lease.flush()
             return publish_plan(claim, document, intake.warnings, folder, self._artifacts, self._sessions)
         result = quantize(model, calibration, config, evaluation, report, resources=granted, resume_from=blocks.folder)
         report(Progress(stage="save"))

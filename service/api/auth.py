@@ -132,17 +132,18 @@ def _admit(
     address = f"address {neighbourhood(client)}"
     with parts.sessions.begin() as session:
         keys = KeyRepository(session)
-        key = None
+        key = refused = None
         try:
             if credentials is None:
                 raise KeyMissingError
             key = keys.accept(credentials.credentials)
-        except (KeyInvalidError, KeyMissingError):
-            if keys.any():  # else nobody is asked for one
-                parts.rates.count(address, read=read)  # guessing is not free
-                raise
+        except (KeyInvalidError, KeyMissingError) as error:
+            refused = error if keys.any() else None  # without keys nobody is asked for one
+    # The broker is asked when the connection has been given back.
     if key is None:
-        parts.rates.count(address, read=read)
+        parts.rates.count(address, read=read)  # guessing is not free
+        if refused is not None:
+            raise refused
         check_keyless(request, parts.settings)
         return None
     parts.rates.count(f"owner {key.owner}", read=read)

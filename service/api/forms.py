@@ -64,7 +64,7 @@ class Part:
             if size > limit:
                 raise UploadTooLargeError(
                     f"`{self.name}` is larger than the {limit} bytes this service takes.",
-                    "Send a smaller file, or have the operator raise AQUANT_MAX_UPLOAD_BYTES.",
+                    "Send a smaller one, or ask the operator for a higher limit.",
                 )
             yield event.data
 

@@ -74,7 +74,7 @@ async def submit(
 ) -> JobDocument:
     """Send a model and calibration images to be quantized, as a form with files or as JSON that names uploads."""
     submitted = await take_in(request, parts, owner, JobFields(parts.settings), idempotency_key)
-    document = await run_in_threadpool(_load, owner, submitted.job_id)
+    document = await run_in_threadpool(load, owner, submitted.job_id)
     response.headers["Location"] = document.links.self
     if submitted.outcome == "reused":
         response.status_code = 200
@@ -148,7 +148,7 @@ async def show(
     with parts.watch.on(job_id) if wait else contextlib.nullcontext(asyncio.Event()) as changed:
         while True:
             changed.clear()
-            document = await run_in_threadpool(_load, owner, job_id)
+            document = await run_in_threadpool(load, owner, job_id)
             body = document.model_dump_json().encode()
             tag = entity_tag(hashlib.sha256(body).hexdigest()[:32])
             unchanged = is_current(if_none_match, tag)
@@ -188,7 +188,7 @@ def delete(parts: PartsDep, owner: OwnerDep, job_id: str) -> None:
     parts.artifacts.discard(job_prefix(job_id))  # what stays is the reaper's
 
 
-def _load(owner: Owner, job_id: str) -> JobDocument:
+def load(owner: Owner, job_id: str) -> JobDocument:
     with owner.jobs() as jobs:
         job = jobs.get(job_id)
         return describe(job, jobs.queue_position(job), jobs.devices())

@@ -30,7 +30,7 @@ from service.api.page_route import PageRoute
 from service.api.submitting import take_in
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.schemas import JobDocument
-from service.jobs.states import FINISHED, Device, JobState
+from service.jobs.states import Device, JobState
 from service.pages import progress
 from service.pages.comparison import compare
 from service.pages.render import STATIC, render, static_file, static_url, title_of
@@ -184,7 +184,7 @@ def comparison(
         return _page("choose.html", visitor, 422, chosen=len(chosen))
     documents, reports = [], []
     for job_id in chosen:
-        document, _, _ = _load(visitor, job_id)
+        document = jobs.load(visitor, job_id)
         report = _read_report(parts, visitor, job_id)
         if report is None:
             raise ArtifactNotReadyError(
@@ -217,7 +217,7 @@ def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.H
             if event.kind == "block"
         ]
         others: list[JobDocument] = []
-        if record.state in FINISHED:
+        if record.state == JobState.SUCCEEDED:
             succeeded = repository.page(ON_A_PAGE, None, JobState.SUCCEEDED).jobs
             others = [describe(other) for other in succeeded if other.id != job_id]
     return job, finished, others

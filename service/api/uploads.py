@@ -254,8 +254,9 @@ class _Receiver:
         """Check the file and make it the upload's, or delete all of it."""
         if whole.sha256 != self._sha256:
             with self._owner.uploads() as uploads:
-                uploads.give_up(upload)
-            self._artifacts.discard(upload_prefix(upload.place))
+                gone = uploads.give_up(upload)
+            if gone:  # else another request has completed it
+                self._artifacts.discard(upload_prefix(upload.place))
             raise DigestMismatchError(
                 f"The {whole.size} bytes have the sha256 {whole.sha256}, not {self._sha256}; they have been deleted.",
                 "Compute the digest of the file again, and send it from the first byte.",

@@ -77,9 +77,11 @@ class JobWatch:
                 found = {}
                 self._seen.clear()
             for job_id in job_ids:
+                if job_id not in self._waiting:  # nobody does any more
+                    continue
                 if job_id not in self._seen or self._seen[job_id] != found.get(job_id):
                     self._seen[job_id] = found.get(job_id)
-                    for changed in self._waiting.get(job_id, ()):
+                    for changed in self._waiting[job_id]:
                         changed.set()
 
     def _look(self, job_ids: Sequence[str]) -> dict[str, Any]:

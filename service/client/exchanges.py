@@ -153,20 +153,12 @@ class Exchanges:
 
     def delete(self, job_id: str) -> Exchange[None]:
         """Remove a job; that it is gone when asked a second time is no error."""
-        patience, asked_before = self.patience(), False
-        while True:
-            try:
-                response = yield Call("DELETE", f"/jobs/{job_id}")
-            except httpx.TransportError as error:
-                pause, asked_before = self.pause_after(error, patience), True
-                yield Pause(pause)
-                continue
-            again = self.pause_of(response, patience)
-            if again is None:
-                break
-            yield Pause(again)
-        if not (asked_before and response.status_code == httpx.codes.NOT_FOUND):
-            checked(response)
+        patience = self.patience()
+        try:
+            yield from self.send(Call("DELETE", f"/jobs/{job_id}"), patience)
+        except ServiceProblemError as error:
+            if not (patience.lost and error.problem.code == "job_not_found"):
+                raise
 
     def report(self, job_id: str) -> Exchange[dict[str, Any]]:
         """A job's report."""

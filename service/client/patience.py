@@ -23,6 +23,8 @@ class Patience:
     def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
         self._left = seconds
         self._next = FIRST_PAUSE_SECONDS
+        self.lost = False
+        """Whether an answer was lost, so that what was asked may have been done."""
 
     def after(self, response: httpx.Response) -> float | None:
         """Seconds until the request is sent again; None if the answer is to be taken."""
@@ -34,6 +36,7 @@ class Patience:
 
     def after_loss(self) -> float | None:
         """The same for a connection that broke: each time twice as long."""
+        self.lost = True
         pause, self._next = self._next, min(2 * self._next, LONGEST_PAUSE_SECONDS)
         return self._take(pause)
 

@@ -25,10 +25,6 @@ class Kind:
     in_job: bool = False
 
 
-def _answer(status: int, cause: str, remedy: str) -> Kind:
-    return Kind(status, cause, remedy)
-
-
 def _job(cause: str, remedy: str) -> Kind:
     return Kind(None, cause, remedy, in_job=True)
 
@@ -41,101 +37,101 @@ _SERVER = "If it stays, tell the operator the answer's `X-Request-ID`: the serve
 
 KINDS: dict[str, Kind] = {
     # The request itself.
-    "request_invalid": _answer(
+    "request_invalid": Kind(
         422,
         "A parameter or header of the request is missing, of the wrong type or out of its range.",
         "The detail names each; `/docs` and docs/api.md have the parameters of every call.",
     ),
-    "not_found": _answer(404, "The service has nothing at this path.", "See `/docs` for the paths there are."),
-    "method_not_allowed": _answer(
+    "not_found": Kind(404, "The service has nothing at this path.", "See `/docs` for the paths there are."),
+    "method_not_allowed": Kind(
         405, "The path exists, but not for this method.", "Use one of the methods in the `Allow` header."
     ),
-    "body_too_large": _answer(413, "The request's body is larger than this call takes.", "Send a smaller body."),
-    "content_type_unsupported": _answer(
+    "body_too_large": Kind(413, "The request's body is larger than this call takes.", "Send a smaller body."),
+    "content_type_unsupported": Kind(
         415,
         "The body's `Content-Type` is not one that this call reads.",
         "`POST /jobs` takes `multipart/form-data` or `application/json`.",
     ),
-    "http_error": _answer(
+    "http_error": Kind(
         400, "The request could not be understood, for a reason without a code of its own.", "The detail says more."
     ),
-    "cursor_invalid": _answer(
+    "cursor_invalid": Kind(
         422,
         "The `cursor` of a list is not one that this service gave out.",
         "Follow the `next` link of a page as it is; begin without a cursor.",
     ),
-    "range_not_satisfiable": _answer(
+    "range_not_satisfiable": Kind(
         416,
         "The `Range` asked for begins beyond the end of the file.",
         "`Content-Range` of the answer has the file's size; ask for a range inside it.",
     ),
     # Who asks, and for how much.
-    "key_missing": _answer(
+    "key_missing": Kind(
         401,
         "This call needs an API key, and the request has none.",
         "Send `Authorization: Bearer KEY`. The operator makes keys with `aquant keys create`.",
     ),
-    "key_invalid": _answer(
+    "key_invalid": Kind(
         401,
         "The request's API key is not one of this service, or has expired or been revoked.",
         "Check that it was copied whole, or have the operator make another with `aquant keys create`.",
     ),
-    "key_scope_insufficient": _answer(
+    "key_scope_insufficient": Kind(
         403,
         "The request's API key is for something else: one for metrics does not submit jobs, and the reverse.",
         "Use another key; the operator makes them with `aquant keys create`, with `--metrics` for metrics.",
     ),
-    "keys_required": _answer(
+    "keys_required": Kind(
         403,
         "The service has no API keys, and so answers its own machine alone.",
         "Its operator makes the first key with `aquant keys create`, or sets `AQUANT_OPEN=true`.",
     ),
-    "host_refused": _answer(
+    "host_refused": Kind(
         403,
         "A service without API keys was called by a name that may be someone else's.",
         "Call it by its address or as localhost, or have the operator add the name to `AQUANT_HOSTS`.",
     ),
-    "origin_refused": _answer(
+    "origin_refused": Kind(
         403,
-        "A page of another site wants to change something in a service without API keys.",
+        "A page of another site wants to change something here.",
         "Send the request from a page of the service itself, or from a program.",
     ),
-    "rate_limited": _answer(
+    "rate_limited": Kind(
         429,
         "Too many requests within a minute, by this owner or, without keys, from this address.",
         "Wait for `Retry-After`. Follow jobs with `?wait=20` or their event stream instead of asking often.",
     ),
-    "job_quota_exceeded": _answer(
+    "job_quota_exceeded": Kind(
         429,
         "As many jobs of this owner wait as may; `limit` and `used` say how many.",
         "Wait for `Retry-After` or until one has begun, or cancel one.",
     ),
-    "storage_quota_exceeded": _answer(
+    "storage_quota_exceeded": Kind(
         403,
         "This owner's files would take more than they may; `limit` and `used` are bytes.",
         "Delete jobs and uploads that are no longer needed, or ask the operator for a higher limit.",
     ),
     # Submitting.
-    "form_invalid": _answer(
+    "form_invalid": Kind(
         400,
         "The body of `POST /jobs` cannot be read as its form: damaged, cut short, or with a part that is missing, "
         "doubled or unknown.",
         "Send the files `model` and `calibration`, optionally `evaluation`, and the field `config`; a part with a "
         "file name is a file, one without is a field.",
     ),
-    "config_invalid": _answer(
+    "config_invalid": Kind(
         422,
         "The job's `config` is missing, not JSON, or holds an unknown key or a value that is not taken.",
         "The detail names every fault. Only `weight_bits` and `activation_bits` are required; the schema "
         "QuantizationConfig is in `/docs` and docs/api.md.",
     ),
-    "upload_empty": _answer(422, "An uploaded file has no bytes.", "Send the file's bytes."),
-    "upload_too_large": _answer(
+    "upload_empty": Kind(422, "An uploaded file has no bytes.", "Send the file's bytes."),
+    "upload_too_large": Kind(
         413,
         "A file, or the `config`, is larger than this deployment takes.",
-        "Send a smaller one, or have the operator raise `AQUANT_MAX_UPLOAD_BYTES`.",
+        "Send a smaller one, or ask the operator for a higher limit.",
     ),
-    "model_format_unsupported": _answer(
+    "model_format_unsupported": Kind(
         415,
         "The model is in a format that is never read here, because reading it would run code from the file "
         "(pickled modules, TorchScript, `.pt2`).",
@@ -146,7 +142,7 @@ KINDS: dict[str, Kind] = {
         "The model is damaged, or not a model in one of the formats that are read.",
         "Check that it loads where it was exported (`onnx.checker`, `safetensors`), and export it again.",
     ),
-    "architecture_missing": _answer(
+    "architecture_missing": Kind(
         422,
         "A state dict has weights but no network.",
         "Name the network it belongs to in the config's `architecture`, or send ONNX.",
@@ -162,22 +158,22 @@ KINDS: dict[str, Kind] = {
         "An archive of image files came without a word on how they are prepared.",
         "Say in the config's `preprocess` (size, crop, mean, std) what the network was trained with.",
     ),
-    "preprocess_unused": _answer(
+    "preprocess_unused": Kind(
         422,
         "The config's `preprocess` says how image files are prepared, and the images come as arrays.",
         "Send the image files as a zip or tar, or leave `preprocess` out.",
     ),
-    "idempotency_key_reused": _answer(
+    "idempotency_key_reused": Kind(
         422,
         "The `Idempotency-Key` was used before with another body.",
         "Use a new key for a new job, and the old one only to send the same request again.",
     ),
-    "idempotent_job_deleted": _answer(
+    "idempotent_job_deleted": Kind(
         409,
         "The request was carried out before under this `Idempotency-Key`, and its job has been deleted since.",
         "Use a new key to have the job run again.",
     ),
-    "webhook_refused": _answer(
+    "webhook_refused": Kind(
         422,
         "The webhook's address or secret is not one this service uses: only https to public addresses, and a secret "
         "of 24 to 64 bytes.",
@@ -185,54 +181,54 @@ KINDS: dict[str, Kind] = {
         "private networks with `AQUANT_WEBHOOK_ALLOW`.",
     ),
     # Jobs.
-    "job_not_found": _answer(
+    "job_not_found": Kind(
         404, "There is no job of this id, or it is somebody else's.", "List your jobs with `GET /jobs`."
     ),
-    "job_state_conflict": _answer(
+    "job_state_conflict": Kind(
         409,
         "The job's state does not allow this: one that has finished cannot be cancelled, one that runs not deleted.",
         "The remedy of the answer says what is possible now.",
     ),
-    "artifact_not_ready": _answer(
+    "artifact_not_ready": Kind(
         409,
         "The job has not produced this file: it has not succeeded yet, or never will.",
         "Follow the job until it has `succeeded`; a failed one has the reason in its `error`.",
     ),
-    "dry_run_has_no_checkpoint": _answer(
+    "dry_run_has_no_checkpoint": Kind(
         404,
         "The job is a dry run: it forecasts and does not run, and has a plan for its report, nothing more.",
         "Read its report; submit it again without `dry_run` to have it run.",
     ),
-    "onnx_export_unsupported": _answer(
+    "onnx_export_unsupported": Kind(
         409,
         "The job's network, or its settings, cannot be written as ONNX with standard operators.",
         "The detail says why. The checkpoint holds the same network.",
     ),
     # Uploads.
-    "upload_not_found": _answer(
+    "upload_not_found": Kind(
         404,
         "There is no upload of this digest, it has expired, or it is somebody else's.",
         "Send it with `PUT /uploads/{sha256}` from the first byte.",
     ),
-    "upload_missing": _answer(
+    "upload_missing": Kind(
         422,
         "A job names an upload (`sha256:...`) that is not there or not complete.",
         "Complete it with `PUT /uploads/{sha256}` first; `HEAD` tells how far it is.",
     ),
-    "upload_in_use": _answer(
+    "upload_in_use": Kind(
         409, "The upload cannot be deleted while a job uses it.", "Delete the jobs that use it first."
     ),
-    "upload_offset_conflict": _answer(
+    "upload_offset_conflict": Kind(
         409,
         "A piece does not begin where the upload ends, or another request added one meanwhile.",
         "Go on at the `offset` of the answer, which is also the `Upload-Offset` of `HEAD`.",
     ),
-    "content_range_invalid": _answer(
+    "content_range_invalid": Kind(
         400,
         "The `Content-Range` of a piece cannot be read, or does not fit its body, or the size said before.",
         "Send `bytes FIRST-LAST/SIZE` with exactly those bytes, or `bytes */SIZE` with none.",
     ),
-    "digest_mismatch": _answer(
+    "digest_mismatch": Kind(
         422,
         "The bytes of a finished upload do not have the sha256 they were announced with; they have been deleted.",
         "Compute the digest of the file again and send it from the first byte.",
@@ -318,13 +314,13 @@ KINDS: dict[str, Kind] = {
         "Submit the job again once there is space; docs/operations.md says how much a job needs.",
     ),
     # The service's own state.
-    "database_unavailable": _answer(
+    "database_unavailable": Kind(
         503, "The service's database does not answer.", f"Try again after `Retry-After`. {_SERVER}"
     ),
     "artifacts_unavailable": _either(
         503, "The store of the service's files does not answer.", f"Try again after `Retry-After`. {_SERVER}"
     ),
-    "not_ready": _answer(
+    "not_ready": Kind(
         503,
         "A part the service needs (database, files or broker) does not answer.",
         "`checks` of the answer names it; the probe turns green by itself when it is back.",

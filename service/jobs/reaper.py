@@ -21,7 +21,8 @@ from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import Problem
 from service.jobs.states import FINISHED, JobState
-from service.jobs.uploads import delete_unused, expired, known_places
+from service.jobs.uploads import delete_unused, known_places
+from service.jobs.uploads import expired as expired_uploads
 from service.logs import about
 from service.settings import Settings
 
@@ -135,7 +136,7 @@ class Reaper:
         """Delete uploads that were abandoned, and those that no job has used for long."""
         before = now() - timedelta(seconds=self._settings.upload_keep_seconds)
         with self._sessions() as session:
-            unused = expired(session, before, EXPIRED_AT_A_TIME)
+            unused = expired_uploads(session, before, EXPIRED_AT_A_TIME)
         for upload in unused:
             with self._sessions.begin() as session:
                 gone = delete_unused(session, upload)

@@ -55,7 +55,7 @@ class UploadRepository:
             if size > most:
                 raise UploadTooLargeError(
                     f"{size} bytes are more than the {most} this service takes.",
-                    "Send a smaller file, or have the operator raise AQUANT_MAX_UPLOAD_BYTES.",
+                    "Send a smaller one, or ask the operator for a higher limit.",
                 )
             account.check_upload(size)
             at = now()

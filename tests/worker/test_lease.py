@@ -167,14 +167,15 @@ def test_what_ends_the_work_is_written_at_once(settings: Settings, sessions: Ses
     slow = settings.model_copy(update={"heartbeat_seconds": 3600})
     with Lease(claimed(), slow, sessions, not_overdue) as lease:
         lease.report(Progress("forecast", forecast=FORECAST))
-        lease.write()
+        lease.flush()
         with sessions() as session:
             job = JobRepository(session).get("job")
         assert (job.stage, (job.progress or {})["forecast"]) == ("forecast", FORECAST)
         with sessions.begin() as session:
             JobRepository(session).cancel("job")
+        lease.flush()
         with pytest.raises(JobCancelledError):
-            lease.write()
+            lease.check()
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -47,8 +47,10 @@ function lookSoon(after = GENTLY) {
 function keepLooking() {
   const part = document.querySelector("[data-every]");
   if (part === null) return; // it has ended
-  lookSoon(1000 * part.dataset.every);
-  setTimeout(keepLooking, 1000 * part.dataset.every);
+  setTimeout(() => {
+    lookSoon(0);
+    keepLooking();
+  }, 1000 * part.dataset.every);
 }
 
 function follow() {
