@@ -6,6 +6,7 @@ Public names are resolved when first used, so that importing ``aquant_core.confi
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from aquant_core.progress import Progress
     from aquant_core.resources import Resources
     from aquant_core.runtime import IntegerModel
+
+# Before any module imports onnxruntime, whose published builds report to their maker otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULE_OF_NAME = {
     "CapturedModel": "graph",

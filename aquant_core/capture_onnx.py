@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +53,6 @@ def capture_onnx(path: str | Path, example: Tensor) -> CapturedModel:
 
 def _compare_with_onnxruntime(model: onnx.ModelProto, captured: CapturedModel, example: Tensor) -> None:
     """The captured graph must give what ONNX itself gives, before anything is quantized."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # published builds report to their maker otherwise
     import onnxruntime
 
     # onnx may write a newer IR version than onnxruntime reads; the operators decide, not the envelope.

@@ -144,7 +144,7 @@ def evaluate(
     """Measure a network: accuracy where the images have labels, agreement with another network."""
     chosen = _device(device)
 
-    from aquant_core.evaluation import accuracy, fidelity, wilson_interval
+    from aquant_core.evaluation import accuracy, fidelity
     from aquant_core.images import read_images
     from aquant_core.networks import open_network
 
@@ -161,9 +161,7 @@ def evaluate(
             if other.shape != logits.shape:
                 classes = f"{logits.shape[1]} and {other.shape[1]}"
                 raise typer.BadParameter(f"the networks have {classes} classes", param_hint="--against")
-            found = fidelity(logits, other)
-            interval = [round(bound, 6) for bound in wilson_interval(found["agreement"], found["n"])]
-            measured["fidelity"] = {"against": str(against), **found, "interval": interval}
+            measured["fidelity"] = {"against": str(against), **fidelity(logits, other)}
     if as_json:
         typer.echo(json.dumps(measured, indent=2))
         return

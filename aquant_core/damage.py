@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aquant_core.caches import BlockCache, Placement
 from aquant_core.config import FLOAT_BITS, LayerOverride, QuantizationConfig
-from aquant_core.evaluation import logits_of
+from aquant_core.evaluation import energy, logits_of
 from aquant_core.graph import CapturedModel, Node, evaluate_nodes
 from aquant_core.methods import PRESETS
 from aquant_core.model import CALIBRATED_ON, QuantizedModel, quantize_nodes_to_nearest
@@ -63,7 +63,7 @@ def damages(
     )
     blocks = partition(graph)
     logits = logits_of(graph, images, resources.device)
-    energy = float(logits.double().square().sum())
+    whole = max(energy(logits), 1e-300)
     values, found = FloatValues(images, resources), dict[str, list[float]]()
     begun, all_of_them = 0, sum(map(len, offered.values()))
     for index, block in enumerate(blocks):
@@ -78,7 +78,7 @@ def damages(
                 )
                 output = values.through(partial(_rest, graph, model, block, behind), values.clean, "memory")
                 error = output.read(0, len(output)).cpu().flatten(1) - logits
-                found[node.name].append(float(error.double().square().sum()) / max(energy, 1e-300))
+                found[node.name].append(energy(error) / whole)
                 return_free_memory()
         values.leave()
     return {name: found[name] for name in offered}

@@ -175,11 +175,16 @@ class QuantizedLayer(ActivationQuantizer):
         """Whether a pixel's code depends on where in the window it stands."""
         return self.border is not None and self.border.coefficients.shape[2] > 1
 
+    @property
+    def is_fused(self) -> bool:
+        """Eq. 9: whether the positions of a window share the mean of their borders."""
+        return self.has_border_by_position and self.border_config.fusion == "channel_mean"
+
     def _convolve_columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """The border by position of the window, and the product with the weight."""
         assert self.border is not None
         assert self.activation_scale is not None
-        spec = self.specification(self.border_config.fusion == "channel_mean")
+        spec = self.specification(self.is_fused)
         return border_convolution(
             x,
             self.activation_scale,

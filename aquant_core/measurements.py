@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aquant_core.evaluation import decibels, energy, evaluation_batch_size
+from aquant_core.evaluation import decibels, energy, evaluation_batch_size, sqnr_db
 from aquant_core.graph import INPUT, LAYERS, Node, evaluate_nodes
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
@@ -173,9 +173,9 @@ class _Columns:
     """
 
     def __init__(self, part: ActivationQuantizer, maps: Tensor) -> None:
-        windowed = isinstance(part, QuantizedLayer) and part.has_border_by_position
-        self.window = part.window if isinstance(part, QuantizedLayer) and windowed else Window()
-        self.spec = part.specification(fused=windowed and part.border_config.fusion == "channel_mean")
+        windowed = part if isinstance(part, QuantizedLayer) and part.has_border_by_position else None
+        self.window = Window() if windowed is None else windowed.window
+        self.spec = part.specification(fused=windowed is not None and windowed.is_fused)
         self.border = None if part.border is None else part.border.coefficients
         self.alpha = None if part.border is None else part.border.alpha
         assert part.activation_scale is not None
@@ -307,7 +307,7 @@ def _as_maps(value: Tensor, part: ActivationQuantizer) -> Tensor:
 
 
 def _sqnr(approximate: Tensor, exact: Tensor) -> float:
-    return round(decibels(energy(exact), energy(approximate - exact)), 3)
+    return round(sqnr_db(approximate, exact), 3)
 
 
 def _short(value: float) -> float:

@@ -161,7 +161,6 @@ def quantize_to_nearest(
         weights: from ``search_weights``, if they have been searched; they are copied.
     """
     model = QuantizedModel(graph)
-    weights = search_weights(graph, config) if weights is None else weights
     quantize_nodes_to_nearest(model, graph.nodes, {INPUT: images}, config, placement, weights)
     return model
 

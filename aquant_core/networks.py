@@ -12,7 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import Tensor
 
 from aquant_core.checkpoint_torch import load
-from aquant_core.errors import ImageSetError, ModelFormatError
+from aquant_core.errors import ModelFormatError
 from aquant_core.evaluation import logits_of
 from aquant_core.images import ImageSet, check_image_shape, check_labels
 from aquant_core.model import QuantizedModel
@@ -29,13 +29,11 @@ class Network:
     """What is there to be run.
 
     Attributes:
-        path: where it was read from.
         run: (N, C, H, W) images to (N, classes) logits.
         input_shape: (C, H, W), None where it takes any size.
         device: where the images are wanted.
     """
 
-    path: Path
     run: Callable[[Tensor], Tensor]
     input_shape: Sequence[int | None]
     device: torch.device
@@ -71,7 +69,7 @@ def open_network(path: Path, device: torch.device, integers: bool = False) -> Ne
         return _open_onnx(path)
     model = load(path, device)
     assert isinstance(model, QuantizedModel)
-    return Network(path, IntegerModel(model) if integers else model, model.graph.input_shape, device)
+    return Network(IntegerModel(model) if integers else model, model.graph.input_shape, device)
 
 
 def _open_onnx(path: Path) -> Network:
@@ -93,7 +91,7 @@ def _open_onnx(path: Path) -> Network:
 
     batch, *shape = (size if isinstance(size, int) else None for size in inputs[0].shape)
     if batch is not None:
-        raise ImageSetError(
+        raise ModelFormatError(
             f"{path} takes {batch} images at a time, no more and no less.", "Export it with a free batch size."
         )
-    return Network(path, run, shape, torch.device("cpu"))
+    return Network(run, shape, torch.device("cpu"))

@@ -126,7 +126,7 @@ def codes_of(part: ActivationQuantizer, x: Tensor) -> Tensor:
         return (a_rounded_columns(maps, grid, part.window, part.groups) + z).to(torch.uint8)
     border = None if part.border is None else part.border.coefficients
     if isinstance(part, QuantizedLayer) and part.border is not None and part.has_border_by_position:
-        spec = part.specification(part.border_config.fusion == "channel_mean")
+        spec = part.specification(part.is_fused)
         return border_codes(x, part.activation_scale, border, part.border.alpha, part.window, spec)
     return border_codes(maps, part.activation_scale, border, None, Window(), part.specification(fused=False))
 

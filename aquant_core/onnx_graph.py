@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from aquant_core.encoding import pack_codes
 from aquant_core.errors import OnnxExportError
 
 OPSET, OPSET_OF_TWO_BITS = 21, 25
@@ -18,7 +19,7 @@ LARGEST_BYTES = 2**31 - 2**20
 """Of all tensors: a protobuf message ends at 2 GiB."""
 
 _IR_OF_OPSET = {OPSET: 10, OPSET_OF_TWO_BITS: 13}
-_PACKED_TYPES = {2: TensorProto.UINT2, 4: TensorProto.UINT4}
+_PACKED_TYPES = {2: TensorProto.UINT2, 4: TensorProto.UINT4, 8: TensorProto.UINT8}
 
 
 class OnnxGraph:
@@ -60,15 +61,8 @@ class OnnxGraph:
     def packed(self, name: str, codes: np.ndarray, bits: int) -> str:
         """Codes below 2^bits at the narrowest width that ONNX has a type for: 2, 4 or 8 bits."""
         width = next(width for width in (2, 4, 8) if bits <= width)
-        flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
-        if width == 8:
-            self._initializers.append(numpy_helper.from_array(flat.reshape(codes.shape), name))
-            return name
         self._opset = max(self._opset, OPSET_OF_TWO_BITS if width == 2 else OPSET)
-        per_byte = 8 // width
-        lanes = np.pad(flat, (0, -len(flat) % per_byte)).reshape(-1, per_byte)
-        shifts = np.arange(0, 8, width, dtype=np.uint8)  # the first code in the lowest bits
-        raw = np.bitwise_or.reduce(lanes << shifts, axis=1).astype(np.uint8).tobytes()
+        raw = pack_codes(codes, width).tobytes()
         self._initializers.append(helper.make_tensor(name, _PACKED_TYPES[width], codes.shape, raw, raw=True))
         return name
 

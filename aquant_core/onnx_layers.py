@@ -22,6 +22,7 @@ from aquant_core.onnx_a_rounding import write_a_rounding
 from aquant_core.onnx_border import BorderWriter
 from aquant_core.onnx_graph import OnnxGraph
 from aquant_core.onnx_windows import slices_of
+from aquant_core.quantizers import largest_code
 from cupy_kernels.specification import Window
 
 FEWEST_CHANNELS = 8
@@ -49,7 +50,7 @@ class Codes:
         self.name = name
         self.scale = np.float32(quantizer.activation_scale.detach().cpu())
         self.zero_point = quantizer.zero_point
-        self.levels = 2**quantizer.activation_bits - 1
+        self.levels = largest_code(quantizer.activation_bits)
 
     def values(self, graph: OnnxGraph, output: str | None = None) -> str:
         """x_hat."""
@@ -103,8 +104,7 @@ class LayerWriter:
     def _codes(self, name: str, layer: QuantizedLayer, x: str, size: tuple[int, int]) -> Codes:
         if layer.a_rounding:
             return Codes(write_a_rounding(self.graph, x, layer, size, name + CODES), layer)
-        fused = layer.border_config.fusion == "channel_mean" and layer.has_border_by_position
-        writer = BorderWriter(self.graph, layer, layer.specification(fused))
+        writer = BorderWriter(self.graph, layer, layer.specification(layer.is_fused))
         if layer.has_border_by_position:
             return Codes(writer.by_position(x, layer.window, size, name + CODES), layer)
         axes = (-1,) if layer.op == "linear" else _PER_CHANNEL

@@ -18,11 +18,10 @@ from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
-from aquant_core.placement import mark_before
 from aquant_core.preparation import Preparation, prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.report.plan import PLAN_FORMAT
-from aquant_core.reporting import protocol_of, size_of, versions
+from aquant_core.reporting import describe_layer, protocol_of, size_of, versions
 from aquant_core.resources import Resources
 
 
@@ -57,7 +56,7 @@ def plan(
         warnings.append("The search for the target tries several networks: this is of one, at the lowest widths.")
     sketch = _sketch(ready)
     method = ready.schedules[config.method].method
-    layers = [_describe_layer(sketch, name) for name in sketch.layers]
+    layers = [describe_layer(sketch, name) for name in sketch.layers]
     asked = (config.weight_bits, config.activation_bits)
     return {
         "format": PLAN_FORMAT,
@@ -102,21 +101,7 @@ def _describe_blocks(ready: Preparation) -> list[dict[str, Any]]:
     forecast = ready.forecast
     taken: Mapping[str, Any] = {} if forecast is None else {block["name"]: block for block in forecast["blocks"]}
     return [
-        {"name": block.name, "layers": [node.name for node in block.layers]}
+        {"name": block.name, "layers": [node.name for node in block.layers], "learned": False}
         | {key: value for key, value in taken.get(block.name, {}).items() if key != "name"}
         for block in ready.blocks[ready.config.method]
     ]
-
-
-def _describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
-    layer = model.layers[name]
-    mark = mark_before(model.graph, name)
-    return {
-        "name": name,
-        "op": layer.op,
-        "weight_shape": list(layer.float_weight.shape),
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits if mark is None else model.quantizers[mark].activation_bits,
-        "input_from": mark,
-        "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
-    }

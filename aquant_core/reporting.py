@@ -95,17 +95,23 @@ class Outcome:
 def report_of(run: Outcome) -> dict[str, Any]:
     """Everything but how long it took, as JSON values."""
     config, evaluation, labels = run.config, run.evaluation, run.evaluation.labels
-    main, quantized = run.models[config.method], run.logits[config.method]
-    logits = {"float": run.float_logits, "nearest": run.nearest_logits, "quantized": quantized}
+    main, rows = run.models[config.method], {method: _comparison(method, run) for method in run.models}
+    chosen = rows[config.method]
     history = run.histories[config.method]
-    layers = [_describe_layer(main, name, run) for name in main.layers]
+    layers = [_measured_layer(main, name, run) for name in main.layers]
     report = {
         "format": FORMAT,
-        "accuracy": None if labels is None else {name: accuracy(values, labels) for name, values in logits.items()},
-        "fidelity": {name: fidelity(logits[name], run.float_logits) for name in ("nearest", "quantized")},
-        "comparison": [_comparison(method, run) for method in run.models],
+        "accuracy": None
+        if labels is None
+        else {
+            "float": accuracy(run.float_logits, labels),
+            "nearest": accuracy(run.nearest_logits, labels),
+            "quantized": chosen["accuracy"],
+        },
+        "fidelity": {"nearest": fidelity(run.nearest_logits, run.float_logits), "quantized": chosen["fidelity"]},
+        "comparison": list(rows.values()),
         "differences": [] if labels is None else _differences(run, labels),
-        "gap": _gap(run),
+        "gap": _gap(run, chosen["fidelity"]),
         "target": run.target,
         "sensitivity": run.sensitivity,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
@@ -127,7 +133,7 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "versions": versions(),
-        "digests": run.digests | {"logits": logits_digest(quantized)},
+        "digests": run.digests | {"logits": chosen["logits"]},
         "peak_bytes": max(
             (block["peak_bytes"] for history in run.histories.values() for block in history), default=None
         ),
@@ -167,11 +173,10 @@ def _differences(run: Outcome, labels: Tensor) -> list[dict[str, Any]]:
     return differences
 
 
-def _gap(run: Outcome) -> dict[str, Any]:
+def _gap(run: Outcome, held_out: dict[str, Any]) -> dict[str, Any]:
     """How much better the network does on calibration images than on those held out."""
     seen, images = run.calibrated, len(run.calibrated.logits)
     calibration = fidelity(seen.logits, seen.float_logits)
-    held_out = fidelity(run.logits[run.config.method], run.float_logits)
     interval = independent_difference(calibration["agreement"], images, held_out["agreement"], held_out["n"])
     both = {"float": seen.float_logits, "quantized": seen.logits}
     return {
@@ -201,23 +206,29 @@ def thinned(iterations: list[int], values: list[float], at_most: int) -> tuple[l
     return [iterations[end] for end in ends], [sum(group) / len(group) for group in groups]
 
 
-def _describe_layer(model: QuantizedModel, name: str, run: Outcome) -> dict[str, Any]:
+def describe_layer(model: QuantizedModel, name: str) -> dict[str, Any]:
     """A layer; where its input is quantized before it reaches it, ``input_from`` names the value in ``values``."""
-    layer, mark, seen = model.layers[name], mark_before(model.graph, name), run.measurements.layers[name]
-    activation_bits = layer.activation_bits if mark is None else model.quantizers[mark].activation_bits
-    of_input = _describe_input(name, run)
+    layer, mark = model.layers[name], mark_before(model.graph, name)
     return {
         "name": name,
         "op": layer.op,
         "weight_shape": list(layer.float_weight.shape),
         "weight_bits": layer.weight_bits,
-        "activation_bits": activation_bits,
+        "activation_bits": layer.activation_bits if mark is None else model.quantizers[mark].activation_bits,
         "input_from": mark,
+        "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
+    }
+
+
+def _measured_layer(model: QuantizedModel, name: str, run: Outcome) -> dict[str, Any]:
+    layer, seen, of_input = model.layers[name], run.measurements.layers[name], _describe_input(name, run)
+    described = describe_layer(model, name)
+    return {
+        **described,
         "step": None if layer.activation_scale is None else float(layer.activation_scale),
         "zero_point": layer.zero_point,
-        "border_parameters": 0 if layer.border is None else layer.border.number_of_parameters(),
         "macs": seen["macs"],
-        "bit_operations": seen["macs"] * layer.weight_bits * activation_bits,
+        "bit_operations": seen["macs"] * described["weight_bits"] * described["activation_bits"],
         "border_evaluations": run.measurements.inputs.get(name, {"border_evaluations": 0})["border_evaluations"],
         **of_input,
         "sqnr_db": {

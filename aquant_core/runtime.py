@@ -115,7 +115,7 @@ def _packed(layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> 
     shape = layer.weight.shape if layer.op == "conv2d" else torch.Size((*layer.weight.shape, 1, 1))
     border = None if layer.border is None else layer.border.coefficients.detach()
     alpha = None if layer.border is None or layer.border.alpha is None else layer.border.alpha.detach()
-    spec = layer.specification(layer.border_config.fusion == "channel_mean" and layer.has_border_by_position)
+    spec = layer.specification(layer.is_fused)
     packed = pack(
         integer_route(shape, layer.groups, device),
         layer.weight.codes.reshape(shape),

@@ -101,7 +101,8 @@ def derive(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torc
         beside = _neighbours(found)  # (K, Q, 2 n + 1, C)
         above = codes_of(beside, border, scale, spec) > _levels(spec, border.device)[..., None]
         wrong = (above != (beside > found[:, :, None])).any(2)  # (K, Q, C)
-        _refuse(wrong.any(1).t(), found[:, 0].t(), "has another code than its threshold {:.4g} tells, beside it")
+        at_fault = found.gather(1, wrong.to(torch.int8).argmax(1, keepdim=True))[:, 0]  # (K, C): the first of each
+        _refuse(wrong.any(1).t(), at_fault.t(), "has another code than its threshold {:.4g} tells, beside it")
     return found
 
 

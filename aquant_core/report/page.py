@@ -48,7 +48,6 @@ def render(report: Mapping[str, Any]) -> str:
         policy=content_policy(),
         methods=_methods(document),
         figures=_figures(document),
-        layers=document.layers,
         distributions=_distributions(document),
     )
 

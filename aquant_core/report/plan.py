@@ -13,11 +13,11 @@ PLAN_FORMAT: Literal["aquant-plan/1"] = "aquant-plan/1"
 
 
 class PlannedBlock(BaseModel):
-    """What is reconstructed at a time; without seconds where it is not, or the method learns nothing."""
+    """What is reconstructed at a time; without seconds where the method learns nothing."""
 
     name: str
     layers: list[str]
-    learned: Annotated[bool, Field(description="Whether it is reconstructed; progress counts no others.")] = True
+    learned: Annotated[bool, Field(description="Whether it is reconstructed; progress counts no others.")]
     seconds: Annotated[float | None, Field(description="For all methods together.")] = None
     peak_bytes: int | None = None
     placement: Annotated[

@@ -140,7 +140,7 @@ def difference_plot(bars: Sequence[Bar], what: str, key: str) -> Markup:
         y = top + _ROW * (index + 0.5)
         svg.text(LABELS - 10, y + 4, shortened(bar.name), "name", "end")
         _whisker(svg, scale(100 * bar.low), scale(100 * bar.high), y)
-        svg.dot(scale(100 * bar.value), y, bar.kind or "first")
+        svg.dot(scale(100 * bar.value), y, "first")
         svg.text(right + 10, y + 4, points(bar.value), "value")
     return svg.finish()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from aquant_core.config import FLOAT_BITS, Method, QuantizationConfig
+from aquant_core.config import Method, QuantizationConfig
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2, description="Low and high end, 95 %.")]
 Number = float | None
@@ -198,11 +198,6 @@ class Layer(Quantized):
     macs: Annotated[int | None, Field(description="Multiplications with a weight, of one image.")] = None
     bit_operations: Annotated[int | None, Field(description="macs times the two widths.")] = None
     border_evaluations: Annotated[int | None, Field(description="Of one image.")] = None
-
-    @property
-    def is_float(self) -> bool:
-        """Whether nothing of it is quantized."""
-        return self.weight_bits == self.activation_bits == FLOAT_BITS
 
 
 class Value(Quantized):
