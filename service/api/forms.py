@@ -12,11 +12,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.jobs.errors import FormError, FormTypeError, UploadTooLargeError
+from service.jobs.submission import FORM_REMEDY
 
-REMEDY = (
-    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
-    "field `config` (JSON)."
-)
 DRAIN_BYTES = 32 * 1024 * 1024
 """What is read of a request that is refused, so that its client gets to see why."""
 
@@ -75,9 +72,9 @@ class FormStream:
     def __init__(self, body: AsyncIterator[bytes], content_type: str | None) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
-            raise FormTypeError(f"The content type is {content_type!r}, not multipart/form-data.", REMEDY)
+            raise FormTypeError(f"The content type is {content_type!r}, not multipart/form-data.", FORM_REMEDY)
         if b"boundary" not in options:
-            raise FormError("The content type names no boundary.", REMEDY)
+            raise FormError("The content type names no boundary.", FORM_REMEDY)
         self._body = body
         self._events: deque[_Event] = deque()
         self._header_name, self._header_value = b"", b""
@@ -97,7 +94,7 @@ class FormStream:
                 },
             )
         except FormParserError as error:
-            raise FormError(f"The form cannot be read: {error}.", REMEDY) from error
+            raise FormError(f"The form cannot be read: {error}.", FORM_REMEDY) from error
 
     async def parts(self) -> AsyncIterator[Part]:
         """The parts in the order they were sent."""
@@ -111,11 +108,11 @@ class FormStream:
             try:
                 chunk = await anext(self._body)
             except StopAsyncIteration:
-                raise FormError("The form ends before its closing boundary: it was cut short.", REMEDY) from None
+                raise FormError("The form ends before its closing boundary: it was cut short.", FORM_REMEDY) from None
             try:
                 self._parser.write(chunk)
             except FormParserError as error:
-                raise FormError(f"The form cannot be read: {error}.", REMEDY) from error
+                raise FormError(f"The form cannot be read: {error}.", FORM_REMEDY) from error
         return self._events.popleft()
 
     async def drain(self) -> None:

@@ -154,8 +154,8 @@ async def checkpoint(
     parts: PartsDep,
     visitor: VisitorDep,
     job_id: str,
-    range: Annotated[str | None, Header(alias="Range")] = None,
-    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+    range: results.RangeHeader = None,
+    if_range: results.IfRangeHeader = None,
 ) -> Response:
     """The quantized checkpoint."""
     return await results.checkpoint(request, parts, visitor, job_id, range, if_range, None)
@@ -167,8 +167,8 @@ async def onnx(
     parts: PartsDep,
     visitor: VisitorDep,
     job_id: str,
-    range: Annotated[str | None, Header(alias="Range")] = None,
-    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+    range: results.RangeHeader = None,
+    if_range: results.IfRangeHeader = None,
 ) -> Response:
     """The quantized network as ONNX, or why there is none."""
     return await results.onnx(request, parts, visitor, job_id, range, if_range, None)

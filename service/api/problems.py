@@ -26,7 +26,7 @@ MEDIA_TYPE = "application/problem+json"
 
 _RETRY = {"Retry-After": "5"}
 """When to ask again while a part of the service does not answer."""
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _LATER = "Try again later; if it stays, tell the operator: the server's log has the reason."
 
 FRAMEWORK = {
@@ -119,7 +119,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> set[str]:
     """The methods of all routes of this path; the framework tells those of the first alone."""
     found: set[str] = set()
-    for method in _METHODS:
+    for method in METHODS:
         for route in request.app.router.routes:
             match, _ = route.matches({**request.scope, "method": method})
             if match == Match.FULL:

@@ -11,12 +11,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import unforeseen
+from service.api.problems import METHODS, unforeseen
 from service.logs import about
 
 REQUEST_ID = "X-Request-ID"
 _SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CUT_OFF = 499
 """Status, for the metric alone, of a request that got no answer: it was cut off (nginx's number for that)."""
 
@@ -56,7 +55,7 @@ class EveryRequest:
                     raise
                 await unforeseen(Request(scope), error)(scope, receive, send_on)
             finally:
-                method = scope["method"] if scope["method"] in _METHODS else "other"
+                method = scope["method"] if scope["method"] in METHODS else "other"
                 seconds = time.perf_counter() - started
                 self._seconds.labels(method, route_of(scope), str(status or CUT_OFF)).observe(seconds)
 

@@ -47,10 +47,10 @@ _HEADERS = described(
     Repr_Digest="The same as RFC 9530 writes it.",
 )
 _RANGED = {**_HEADERS, **described(Accept_Ranges="bytes", Content_Disposition="A name to keep it under.")}
-_Range = Annotated[
+RangeHeader = Annotated[
     str | None, Header(alias="Range", description="One range of bytes; where several are asked for, all is sent.")
 ]
-_IfRange = Annotated[
+IfRangeHeader = Annotated[
     str | None, Header(alias="If-Range", description="The range only if this entity tag is current; else all.")
 ]
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -128,8 +128,8 @@ async def checkpoint(
     parts: PartsDep,
     owner: OwnerDep,
     job_id: str,
-    range: _Range = None,
-    if_range: _IfRange = None,
+    range: RangeHeader = None,
+    if_range: IfRangeHeader = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The quantized checkpoint of a job that succeeded (safetensors); its ETag is the sha256 of its bytes."""
@@ -150,8 +150,8 @@ async def onnx(
     parts: PartsDep,
     owner: OwnerDep,
     job_id: str,
-    range: _Range = None,
-    if_range: _IfRange = None,
+    range: RangeHeader = None,
+    if_range: IfRangeHeader = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The quantized network as ONNX with standard operators; 409 says why where it cannot be written so."""

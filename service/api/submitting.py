@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from aquant_core.config import QuantizationConfig
 from service.api.auth import Owner
 from service.api.deps import Parts
-from service.api.forms import REMEDY, FormStream, Part
+from service.api.forms import FormStream, Part
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
 from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
@@ -21,6 +21,7 @@ from service.jobs.schemas import JobRequest, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import (
     CONFIG_REMEDY,
+    FORM_REMEDY,
     UPLOADS,
     Submission,
     Submitted,
@@ -81,7 +82,7 @@ class JobFields:
         elif part.name == "webhook":
             self.webhook = _read_webhook(await text_of(part))
         else:
-            raise FormError(f"The form has a part {part.name!r}, which means nothing here.", REMEDY)
+            raise FormError(f"The form has a part {part.name!r}, which means nothing here.", FORM_REMEDY)
 
     def config(self) -> QuantizationConfig | None:
         """The field ``config``."""
@@ -164,7 +165,7 @@ async def _receive(
     seen: set[str] = set()
     async for part in form.parts():
         if part.name in seen:
-            raise FormError(f"The form has `{part.name}` twice.", REMEDY)
+            raise FormError(f"The form has `{part.name}` twice.", FORM_REMEDY)
         seen.add(part.name)
         name = next((name for name in UPLOADS if name == part.name), None)
         if name is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, literal, or_, select, true, tuple_, update
+from sqlalchemy import ColumnElement, Update, and_, case, delete, func, literal, or_, select, true, tuple_, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session, lazyload
 
@@ -265,27 +265,14 @@ class JobRepository:
         """
         # One UPDATE for both: a job may go from either state to the other between two.
         queued = JobRecord.state == JobState.QUEUED
-        moved = self._session.execute(
+        self._change(
             update(JobRecord)
             .where(JobRecord.id == job_id, self._scope, JobRecord.state.in_((JobState.QUEUED, JobState.RUNNING)))
             .values(
                 state=case((queued, _state(JobState.CANCELLED)), else_=_state(JobState.CANCELLING)),
                 finished_at=case((queued, now())),
             )
-            .returning(
-                JobRecord.state,
-                JobRecord.stage,
-                JobRecord.attempt,
-                JobRecord.config,
-                JobRecord.started_at,
-                JobRecord.finished_at,
-            )
-            .execution_options(synchronize_session=False)
-        ).one_or_none()
-        if moved is not None:
-            state, stage, attempt, *ending = moved
-            self._events.add(job_id, now(), entered(state, stage, attempt))
-            self._tally_end(state, *ending)
+        )
         job = self.get(job_id)
         if job.state not in (JobState.CANCELLING, JobState.CANCELLED):
             raise JobStateError(
@@ -387,28 +374,30 @@ class JobRepository:
         ).all()
 
     def _move(self, target: JobState, *where: ColumnElement[bool], **values: Any) -> bool:
-        """Enter ``target`` if the job is in a state that may; whether it did. What is worth a tally gets it."""
+        """Enter ``target`` if the job is in a state that may; whether it did."""
+        enter = update(JobRecord).where(JobRecord.state.in_(sources(target)), *where)
+        return self._change(enter.values(state=target, **values), values.get("error"))
+
+    def _change(self, enter: Update, error: dict[str, Any] | None = None) -> bool:
+        """Move one job's state; whether it was there to be moved. Its event and what is worth a tally come with it."""
         moved = self._session.execute(
-            update(JobRecord)
-            .where(JobRecord.state.in_(sources(target)), *where)
-            .values(state=target, **values)
-            .returning(
+            enter.returning(
                 JobRecord.id,
+                JobRecord.state,
                 JobRecord.stage,
                 JobRecord.attempt,
                 JobRecord.config,
                 JobRecord.started_at,
                 JobRecord.finished_at,
-            )
-            .execution_options(synchronize_session=False)
+            ).execution_options(synchronize_session=False)
         ).one_or_none()
         if moved is None:
             return False
-        job_id, stage, attempt, config, started_at, finished_at = moved
-        self._events.add(job_id, now(), entered(target, stage, attempt, values.get("error")))
-        if target == JobState.RUNNING and attempt > 1:
+        job_id, state, stage, attempt, config, started_at, finished_at = moved
+        self._events.add(job_id, now(), entered(state, stage, attempt, error))
+        if state == JobState.RUNNING and attempt > 1:
             Tallies(self._session).add("retry")
-        self._tally_end(target, config, started_at, finished_at)
+        self._tally_end(state, config, started_at, finished_at)
         return True
 
     def _tally_end(

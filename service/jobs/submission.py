@@ -42,6 +42,10 @@ from service.tracing import carrier
 log = logging.getLogger(__name__)
 
 UploadName = Literal["model", "calibration", "evaluation"]
+FORM_REMEDY = (
+    "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
+    "field `config` (JSON)."
+)
 CONFIG_REMEDY = (
     "Only weight_bits and activation_bits are required, or a target; /docs has the schema (QuantizationConfig)."
 )
@@ -113,8 +117,7 @@ class Submitter:
             if name not in submission.files and name not in submission.references:
                 raise FormError(
                     f"The form has no file `{name}`.",
-                    "Send multipart/form-data with the files `model` and `calibration`, optionally "
-                    "`evaluation`, and the field `config` (JSON).",
+                    FORM_REMEDY,
                 )
         webhook = (
             None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_networks)

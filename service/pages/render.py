@@ -12,8 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from aquant_core.config import FLOAT_BITS, QuantizationConfig
-from aquant_core.report.formats import FILTERS, duration
+from aquant_core.config import QuantizationConfig
+from aquant_core.report.formats import FILTERS, bits, duration
 from aquant_core.report.page import NAMES
 
 STATIC: Mapping[str, tuple[str, str]] = {
@@ -49,11 +49,7 @@ def render(template: str, **values: Any) -> str:
 def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
     name = NAMES.get(config.method, config.method)
-    return f"{name}, {_width('W', config.weight_bits)}{_width('A', config.activation_bits)}"
-
-
-def _width(what: str, bits: int) -> str:
-    return f"{what}{'float' if bits == FLOAT_BITS else bits}"
+    return f"{name}, W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
 
 
 def about(seconds: float) -> str:
