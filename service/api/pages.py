@@ -26,7 +26,7 @@ from service.api.conditions import IfNoneMatch
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.page_fields import PageFields
-from service.api.page_route import PageRoute
+from service.api.page_route import CONTENT_POLICY, PageRoute
 from service.api.submitting import take_in
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.schemas import JobDocument
@@ -48,6 +48,13 @@ def static(digest: str, name: str) -> Response:
         raise HTTPException(404)
     headers = {"Cache-Control": "public, max-age=31536000, immutable"}
     return Response(static_file(name), headers=headers, media_type=STATIC[name][1])
+
+
+@router.get("/docs")
+def docs() -> Response:
+    """Swagger UI on /openapi.json, for everybody like that; its style has icons in it."""
+    policy = CONTENT_POLICY.replace("img-src 'self'", "img-src 'self' data:")
+    return HTMLResponse(render("docs.html"), headers={"Content-Security-Policy": policy})
 
 
 @router.get("/")

@@ -22,6 +22,10 @@ STATIC: Mapping[str, tuple[str, str]] = {
     "page.css": (f"{__package__}.static", "text/css"),
     "page.js": (f"{__package__}.static", "text/javascript"),
     "icon.svg": (f"{__package__}.static", "image/svg+xml"),
+    "swagger-ui.css": ("fastapi_swagger.resources", "text/css"),
+    "swagger-ui-bundle.js": ("fastapi_swagger.resources", "text/javascript"),
+    "docs.css": (f"{__package__}.static", "text/css"),
+    "docs.js": (f"{__package__}.static", "text/javascript"),
 }
 """Where each static file lies, and its type."""
 

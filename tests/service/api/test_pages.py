@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True
 Headers = dict[str, str]
 OWN = {"Sec-Fetch-Site": "same-origin"}
 NO_JOB = "0123456789abcdef01234567"
-PUBLIC = {"/page/static/{digest}/{name}", "/page/sign-in", "/page/sign-out"}
+PUBLIC = {"/docs", "/page/static/{digest}/{name}", "/page/sign-in", "/page/sign-out"}
 ROUTES = [
     (method, route.path)
     for router in (pages.router, sign_in.router)
@@ -250,7 +250,7 @@ def test_without_keys_nobody_signs_in(web: Client) -> None:
 
 def test_headers_keep_other_sites_out(web: Client, page_jobs: PageJobs) -> None:
     job_id = page_jobs.running()
-    for path, status in (("/", 200), (f"/page/jobs/{job_id}", 200), (f"/page/jobs/{NO_JOB}", 404)):
+    for path, status in (("/", 200), ("/docs", 200), (f"/page/jobs/{job_id}", 200), (f"/page/jobs/{NO_JOB}", 404)):
         answer = web.get(path)
         assert answer.status_code == status
         policy = answer.headers["content-security-policy"]
@@ -270,6 +270,18 @@ def test_static_files_are_kept_for_good_and_renamed_with_their_content(web: Clie
         assert "immutable" in answer.headers["cache-control"]
         digest = address.split("/")[3]
         assert web.get(address.replace(digest, "0" * 16)).status_code == 404
+
+
+def test_the_reference_is_served_from_here(web: Client, ada: Headers) -> None:
+    """Also to those who have no key yet; FastAPI's own pages would fetch their scripts from elsewhere."""
+    assert ada
+    outline = Outline(web.get("/docs").text)
+    assert outline.scripts
+    for address in outline.addresses:
+        assert web.get(address, follow_redirects=True).status_code == 200, address
+    assert outline.handlers == []
+    assert web.get("/redoc").status_code == 404
+    assert web.get("/docs/oauth2-redirect").status_code == 404
 
 
 EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'{{ 7 * 7 }}"

@@ -223,6 +223,20 @@ def test_uploads_cannot_run_scripts(open_page: Open, page_jobs: PageJobs) -> Non
     assert page.evaluate("window.pwned") is None
 
 
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_call_is_tried_out_in_the_reference(open_page: Open, page_jobs: PageJobs, scheme: str, width: int) -> None:
+    """With everything from here: the fixture fails for a request to elsewhere, and for what the policy forbids."""
+    job_id = page_jobs.queued()
+    page = open_page("/docs", color_scheme=scheme, viewport={"width": width, "height": 800}).page
+    page.locator("#operations-jobs-show_jobs__job_id__get .opblock-summary-control").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_placeholder("job_id").fill(job_id)
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table")).to_contain_text("residual.onnx")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.className") == ("dark-mode" if scheme == "dark" else "")
+
+
 @pytest.mark.parametrize("width", [320, 1280])
 def test_no_page_is_wider_than_the_screen(open_page: Open, page_jobs: PageJobs, width: int) -> None:
     long = "a_rather_long_name_without_any_place_to_break_it_anywhere" * 2 + ".onnx"
