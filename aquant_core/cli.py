@@ -96,9 +96,15 @@ def quantize(
     from aquant_core.report.page import render
     from aquant_core.resources import Resources
 
+    def write(document: dict[str, Any]) -> None:
+        if report is not None:
+            page = report.suffix.lower() in (".html", ".htm")
+            report.write_text(render(document) if page else json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
     if configuration.dry_run:
         with _errors_told(), _progress_told() as told:
             document = plan(model, calibration, configuration, evaluation, told, resources=Resources(chosen))
+        write(document)
         typer.echo(json.dumps(document, indent=2))
         return
     with _errors_told(), _progress_told() as told:
@@ -112,10 +118,7 @@ def quantize(
             resume_from=resume_from,
         )
         result.save(output)
-    if report is not None:
-        page = report.suffix.lower() in (".html", ".htm")
-        text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
-        report.write_text(text, encoding="utf-8")
+    write(result.report)
     if as_json:
         found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "warnings")}
         typer.echo(json.dumps({"path": str(output), "bytes": output.stat().st_size, **found}, indent=2))

@@ -136,14 +136,14 @@ class FormStream:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         filename = options.get(b"filename")
-        called = None if filename is None else _without_folder(filename.decode("utf-8", "replace"))
+        called = None if filename is None else without_folder(filename.decode("utf-8", "replace"))
         self._events.append(_Event("part", options.get(b"name", b""), called))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._events.append(_Event("data", data[start:end]))
 
 
-def _without_folder(filename: str) -> str:
+def without_folder(filename: str) -> str:
     """The last part of a path of any system, of a length to be shown."""
     name = re.split(r"[/\\]", filename)[-1]
     return "".join(letter for letter in name if letter.isprintable())[:MAX_FILENAME]

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from aquant_core.config import QuantizationConfig
 from service.api.auth import Owner
 from service.api.deps import Parts
-from service.api.forms import FormStream, Part
+from service.api.forms import FormStream, Part, without_folder
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
 from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
-from service.jobs.schemas import JobRequest, WebhookRequest
+from service.jobs.schemas import JobRequest, UploadName, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import (
     CONFIG_REMEDY,
@@ -25,7 +25,6 @@ from service.jobs.submission import (
     UPLOADS,
     Submission,
     Submitted,
-    UploadName,
     faults_of,
     new_job_id,
     read_config,
@@ -150,8 +149,9 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
         ) from error
     named = {"model": asked.model, "calibration": asked.calibration, "evaluation": asked.evaluation}
     references = {name: _read_reference(name, named[name] or "") for name in UPLOADS if named[name] is not None}
+    filenames = {name: without_folder(filename) for name, filename in asked.filenames.items()}
     return Submission(
-        job_id, owner.name, asked.config, asked.device, {}, references, {}, asked.reuse, asked.webhook, key
+        job_id, owner.name, asked.config, asked.device, {}, references, filenames, asked.reuse, asked.webhook, key
     )
 
 

@@ -48,8 +48,10 @@ def submit(
     for name, path in paths.items():
         if path is not None:
             references[name] = f"sha256:{(yield from upload(exchanges, path, transferred))}"
-    asked = {**references, "config": config, "device": device, "reuse": reuse or None, "webhook": webhook}
-    request = JobRequest.model_validate({name: value for name, value in asked.items() if value is not None})
+    filenames = {name: path.name for name, path in paths.items() if path is not None}
+    asked = {"filenames": filenames, "config": config, "device": device, "reuse": reuse or None, "webhook": webhook}
+    given = {name: value for name, value in asked.items() if value is not None}
+    request = JobRequest.model_validate({**references, **given})
     return (yield from exchanges.create(request, idempotency_key))
 
 

@@ -31,7 +31,7 @@ from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
-from service.jobs.schemas import WebhookRequest
+from service.jobs.schemas import UploadName, WebhookRequest
 from service.jobs.states import Device, JobState
 from service.jobs.uploads import UploadRepository
 from service.jobs.webhooks import new_webhook
@@ -41,7 +41,6 @@ from service.tracing import carrier
 
 log = logging.getLogger(__name__)
 
-UploadName = Literal["model", "calibration", "evaluation"]
 FORM_REMEDY = (
     "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
     "field `config` (JSON)."

@@ -70,7 +70,7 @@ class PageJobs:
 
     def go_on(self, job_id: str, iteration: int, block: int = 3) -> None:
         """As the worker's lease writes it; two blocks are finished when it begins."""
-        curve = {"iterations": list(range(10, iteration, 10)), "values": [5 / n for n in range(10, iteration, 10)]}
+        curve = {"iterations": list(range(9, iteration, 10)), "values": [5 / n for n in range(9, iteration, 10)]}
         progress = {
             "method": "aquant", "block": block, "blocks": len(BLOCKS), "iteration": iteration, "iterations": 300,
             "loss": 0.0213, "curve": curve, "eta_seconds": 42.0,

@@ -44,6 +44,7 @@ def finished(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Cal
 def test_links_lead_to_the_files(web: Client, finished: str) -> None:
     links = web.get(finished).json()["links"]
     assert web.get(links["report"]).json() == {"seed": 0}
+    assert web.get(links["page"]).headers["content-type"].startswith("text/html")
     whole = web.get(links["checkpoint"])
     assert (whole.status_code, whole.content, whole.headers["etag"]) == (200, BODY, ETAG)
     assert whole.headers["content-disposition"].endswith('.safetensors"')
