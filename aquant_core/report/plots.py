@@ -30,7 +30,7 @@ class Shape:
 _FULL = Shape(656, 168, 28)
 _HALF = Shape(552, 168, 28)
 """Two of these fit beside each other on a wide page."""
-_SLIM = Shape(336, 112, 17)
+_SLIM = Shape(336, 122, 16)
 """For a telephone, on which letters would be too small if the others were scaled down."""
 
 
@@ -125,7 +125,8 @@ def _accuracy_bars(bars: Sequence[Bar], what: str, key: str, shape: Shape) -> Ma
     bottom = top + _ROW * len(bars)
     told = "; ".join(f"{bar.name} {percent(bar.value)} ({percent(bar.low)} to {percent(bar.high)})" for bar in bars)
     svg = Svg(shape.width, bottom + 24, key, what, f"{told}.")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    quarters = range(0, 5, 1 if right - left > 200 else 2)
+    for share in (quarter / 4 for quarter in quarters):
         x = left + (right - left) * share
         svg.line(x, top, x, bottom, "grid")
         svg.text(x, bottom + 17, percent(share, 0), "tick", "middle")

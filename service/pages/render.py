@@ -53,7 +53,8 @@ def render(template: str, **values: Any) -> str:
 def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
     name = NAMES.get(config.method, config.method)
-    return f"{name}, W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
+    widths = "bits by target" if config.target else f"W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
+    return f"{name}, {widths}{', dry run' if config.dry_run else ''}"
 
 
 def about(seconds: float) -> str:

@@ -270,11 +270,13 @@ def test_without_the_core_s_extra_they_say_what_to_install(tmp_path: Path) -> No
     assert done.stderr == "`aquant eval` needs torch: pip install 'aquant-service[core]'.\n"
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.safetensors"
     arguments = [folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--dry-run", "-o", output]
+    arguments += ["--report", tmp_path / "plan.html"]
     result = run("quantize", *arguments)
     assert result.exit_code == 0, result.output
     planned = json.loads(result.stdout)
     assert (planned["dry_run"], planned["other_bits"]) == (True, ["conv", "fc"])
+    assert "what it would take" in (tmp_path / "plan.html").read_text()
     assert not output.exists()

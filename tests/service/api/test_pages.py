@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import reports
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from httpx import Client, Response
 from old_reports import old_report
-from page_jobs import PageJobs
+from page_jobs import CONFIG, PageJobs
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.api import pages, sign_in
@@ -454,6 +456,39 @@ def test_a_report_that_cannot_be_read_is_no_dead_end(web: Client, page_jobs: Pag
     assert json.loads(web.get(f"/page/jobs/{job_id}/report").text) == {"of": "another time"}
     other = page_jobs.succeeded(old_report())
     assert web.get("/page/compare", params={"job": [job_id, other]}).status_code == 409
+
+
+def test_a_dry_run_shows_its_plan(web: Client, page_jobs: PageJobs) -> None:
+    """It has no checkpoint, and nothing to be compared."""
+    plan = reports.planned()
+    config = {**CONFIG, "dry_run": True}
+    job_id = page_jobs.end(
+        page_jobs.queued(config=config), JobState.SUCCEEDED, files={"report": json.dumps(plan).encode()}
+    )
+    page_jobs.succeeded(old_report())
+    page = web.get(f"/page/jobs/{job_id}")
+    words = re.sub(r"\s+", " ", Outline(page.text).words)
+    assert page.status_code == 200
+    assert "AQuant, W2A2, dry run" in words
+    assert "Peak memory" in words
+    assert "fits: it may take" in words
+    assert plan["warnings"][0] in words
+    addresses = Outline(page.text).addresses
+    assert f"/page/jobs/{job_id}/report" in addresses
+    assert f"/page/jobs/{job_id}/checkpoint" not in addresses
+    assert "what it would take" in web.get(f"/page/jobs/{job_id}/report").text
+    assert web.get(f"/page/jobs/{job_id}/report.json").json() == plan
+    listed = web.get("/").text
+    assert f"tick-{job_id}" not in listed
+    assert "Compare the two ticked" not in listed
+
+
+def test_a_job_without_a_file_name_is_called_by_what_is_known(web: Client, page_jobs: PageJobs) -> None:
+    known = page_jobs.queued("", {**CONFIG, "architecture": "resnet18"})
+    for job_id, name in ((known, "resnet18"), (page_jobs.queued(""), f"sha256:{0:012}")):
+        assert web.get(f"/jobs/{job_id}").json()["name"] == name
+        assert f">{name}</a>" in web.get("/").text
+        assert f"<h1>{name} " in web.get(f"/page/jobs/{job_id}").text
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

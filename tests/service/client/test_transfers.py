@@ -115,6 +115,8 @@ def test_a_job_is_made_once_though_the_answer_got_lost(
     sent = {name: hashlib.sha256(files[name != "model"].read_bytes()).hexdigest() for name in job.files}
     assert {name: file.sha256 for name, file in job.files.items()} == sent
     assert set(sent) == {"model", "calibration", "evaluation"}
+    names = {"model": files[0].name, "calibration": files[1].name, "evaluation": files[1].name}
+    assert {name: file.filename for name, file in job.files.items()} == names
 
 
 def test_an_idempotency_key_of_one_s_own_names_the_job(client: Any, files: tuple[Path, Path]) -> None:
