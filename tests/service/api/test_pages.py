@@ -252,7 +252,13 @@ def test_without_keys_nobody_signs_in(web: Client) -> None:
 
 def test_headers_keep_other_sites_out(web: Client, page_jobs: PageJobs) -> None:
     job_id = page_jobs.running()
-    for path, status in (("/", 200), ("/docs", 200), (f"/page/jobs/{job_id}", 200), (f"/page/jobs/{NO_JOB}", 404)):
+    for path, status in (
+        ("/", 200),
+        ("/docs", 200),
+        ("/errors", 200),
+        (f"/page/jobs/{job_id}", 200),
+        (f"/page/jobs/{NO_JOB}", 404),
+    ):
         answer = web.get(path)
         assert answer.status_code == status
         policy = answer.headers["content-security-policy"]

@@ -59,6 +59,7 @@ def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: Pag
         f"/page/compare?job={done[0]}&job={done[1]}",
         "/page/compare",
         "/page/jobs/none",
+        "/errors",
     ]
     found = []
     for path in paths:
