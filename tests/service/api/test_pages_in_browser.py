@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import reports
 from browser import Watched
 from httpx import Client
 from old_reports import old_report
-from page_jobs import PageJobs
+from page_jobs import CONFIG, PageJobs
 from playwright.sync_api import Browser, expect
 
 from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
 
 pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
 
@@ -52,10 +55,13 @@ def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: Pag
     running, failed = page_jobs.running(), page_jobs.failed("Operator `Hardmax` cannot be captured.")
     done = [page_jobs.succeeded(old_report()) for _ in range(2)]
     page_jobs.queued()
+    files = {"report": json.dumps(reports.planned()).encode()}
+    planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED, files=files)
     watched = open_page("/", expected=("404", "422"))
     paths = [
         "/",
-        *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0])),
+        *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0], planned)),
+        f"/page/jobs/{planned}/report",
         f"/page/compare?job={done[0]}&job={done[1]}",
         "/page/compare",
         "/page/jobs/none",
@@ -247,6 +253,29 @@ def test_no_page_is_wider_than_the_screen(open_page: Open, page_jobs: PageJobs, 
     for path in ("/", f"/page/jobs/{running}", f"/page/jobs/{done[0]}", f"/page/compare?job={done[0]}&job={done[1]}"):
         page.goto(path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+def test_the_plots_of_a_report_fit_pages_of_every_width(open_page: Open, page_jobs: PageJobs) -> None:
+    """None is cut off, none scrolls, of two drawings for two widths one is shown, and letters stay legible."""
+    job_id = page_jobs.succeeded(reports.run(compare=["qdrop"]))
+    page = open_page(f"/page/jobs/{job_id}/report").page
+    for width in (320, 390, 704, 768, 1024, 1100, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        plots = page.evaluate(
+            """() => [...document.querySelectorAll('.plot')].filter(plot => plot.offsetWidth).map(plot => {
+                const svg = [...plot.querySelectorAll('svg')].filter(svg => svg.getBoundingClientRect().width);
+                const box = svg[0].getBoundingClientRect(), text = svg[0].querySelector('text');
+                const scale = box.width / svg[0].viewBox.baseVal.width;
+                return [svg.length, box.right, plot.getBoundingClientRect().right, plot.scrollWidth - plot.clientWidth,
+                        scale * parseFloat(getComputedStyle(text).fontSize)];
+            })"""
+        )
+        assert len(plots) >= 4
+        for shown, right, end, beyond, letters in plots:
+            assert (shown, beyond) == (1, 0), width
+            assert right <= end + 0.5, width
+            assert letters > 7, width
 
 
 def test_on_paper_there_are_no_buttons(open_page: Open, page_jobs: PageJobs) -> None:
