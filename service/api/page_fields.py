@@ -14,7 +14,7 @@ from service.jobs.states import Device
 from service.jobs.submission import CONFIG_REMEDY, read_config, read_device
 from service.settings import Settings
 
-SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture")
+SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture", "dry_run")
 """Keys of the config that have a field of their own."""
 
 

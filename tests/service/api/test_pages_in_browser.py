@@ -159,6 +159,15 @@ def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, fi
     expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
 
 
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_forecast_is_asked_for_by_a_button(open_page: Open, files: dict[str, Path], scripts: bool) -> None:
+    page = open_page("/", java_script_enabled=scripts).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_role("button", name="Forecast only").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("net.onnx AQuant, W2A2, dry run")
+
+
 def test_without_scripts_everything_is_there(open_page: Open, files: dict[str, Path], page_jobs: PageJobs) -> None:
     page = open_page("/", java_script_enabled=False).page
     for name, path in files.items():
