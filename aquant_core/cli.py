@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aquant_core.config import QuantizationConfig, read_configuration
+from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError
 from aquant_core.progress import Progress
 from aquant_core.run_options import (
@@ -30,6 +30,8 @@ from aquant_core.run_options import (
     Model,
     PresetOption,
     Seed,
+    TargetDrop,
+    configured,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def quantize(
     ),
     weight_bits: LayerBits = None,
     activation_bits: LayerBits = None,
+    target: TargetDrop = None,
     evaluation: Evaluation = None,
     method: MethodName = None,
     preset: PresetOption = None,
@@ -71,21 +74,19 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a network on this machine, without a service."""
-    options = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "method": method,
-        "preset": preset,
-        "architecture": architecture,
-        "seed": seed,
-        "dry_run": dry_run or None,
-    }
-    try:
-        configuration = QuantizationConfig.model_validate(read_configuration(config, options))
-    except ValueError as error:
-        if type(error) is not ValueError:  # what pydantic says is told by the caller
-            raise
-        raise typer.BadParameter(str(error), param_hint="--config") from error
+    configuration = QuantizationConfig.model_validate(
+        configured(
+            config,
+            target=target,
+            dry_run=dry_run,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            method=method,
+            preset=preset,
+            architecture=architecture,
+            seed=seed,
+        )
+    )
     for option, path in (("--output", output), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=option)

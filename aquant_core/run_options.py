@@ -1,4 +1,4 @@
-"""What a run is told on a command line: arguments of ``aquant quantize``, and of ``aquant submit`` for a service.
+"""What a run is told on a command line: options of ``aquant quantize``, and of ``aquant submit`` for a service.
 
 Imports nothing heavy: both are known to every call of ``aquant``.
 """
@@ -6,9 +6,11 @@ Imports nothing heavy: both are known to every call of ``aquant``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from aquant_core.config_reading import read_configuration
 
 Model = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")]
 Calibration = Annotated[
@@ -17,10 +19,40 @@ Calibration = Annotated[
 Evaluation = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
 ]
-LayerBits = Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")]
+LayerBits = Annotated[int | None, typer.Option(help="2 to 8, or 32 for float; with --target the least (2).")]
+TargetDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        metavar="POINTS",
+        min=0,
+        max=100,
+        help="Instead of bits: points of accuracy that may be lost; searches the smallest network that holds.",
+    ),
+]
 MethodName = Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")]
 PresetOption = Annotated[str | None, typer.Option(help="smoke, fast or paper.")]
 Architecture = Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 ConfigSource = Annotated[str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def configured(given: str | None, *, target: float | None, dry_run: bool, **options: Any) -> dict[str, Any]:
+    """The configuration that a command line asks for.
+
+    Args:
+        given: ``--config``.
+        target: ``--target``, percentage points.
+        dry_run: ``--dry-run``.
+        options: others, by their keys in the configuration; they go over what is given where they are not None.
+
+    Raises:
+        typer.BadParameter: what is given is no JSON object, or names a key twice.
+    """
+    options["target"] = None if target is None else {"max_accuracy_drop": target}
+    options["dry_run"] = dry_run or None
+    try:
+        return read_configuration(given, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.config_reading import faults_of, repeated_key
 from service.api.auth import Owner
 from service.api.deps import Parts
 from service.api.forms import FormStream, Part
@@ -22,11 +23,11 @@ from service.jobs.states import Device
 from service.jobs.submission import (
     CONFIG_REMEDY,
     FORM_REMEDY,
+    TWICE_REMEDY,
     UPLOADS,
     Submission,
     Submitted,
     UploadName,
-    faults_of,
     new_job_id,
     read_config,
     read_device,
@@ -146,8 +147,12 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
         if all(fault["loc"][:1] == ("config",) for fault in error.errors()):
             raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
         raise FormError(
-            f"The body is no job: {faults_of(error)}.", "See JobRequest in /docs; files are named as sha256:DIGEST."
+            f"The body is no job: {faults_of(error, 'the whole', values=False)}.",
+            "See JobRequest in /docs; files are named as sha256:DIGEST.",
         ) from error
+    if (twice := repeated_key(body)) is not None:
+        refusal = ConfigError if twice.startswith("config.") else FormError
+        raise refusal(f'The body names "{twice}" twice.', TWICE_REMEDY)
     named = {"model": asked.model, "calibration": asked.calibration, "evaluation": asked.evaluation}
     references = {name: _read_reference(name, named[name] or "") for name in UPLOADS if named[name] is not None}
     return Submission(
@@ -209,6 +214,6 @@ def _read_webhook(text: str) -> WebhookRequest:
         return WebhookRequest.model_validate_json(text)
     except ValidationError as error:
         raise FormError(
-            f"The field `webhook` is not valid: {faults_of(error)}.",
+            f"The field `webhook` is not valid: {faults_of(error, 'the whole', values=False)}.",
             'Send {"url": "https://...", "secret": "whsec_..."}.',
         ) from error

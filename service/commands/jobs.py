@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aquant_core.config import read_configuration
 from aquant_core.run_options import (
     Architecture,
     AsJson,
@@ -19,6 +18,8 @@ from aquant_core.run_options import (
     Model,
     PresetOption,
     Seed,
+    TargetDrop,
+    configured,
 )
 from service.commands.exit_codes import OF_JOBS, ExitCode
 from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
@@ -34,6 +35,7 @@ def submit(
     calibration: Calibration,
     weight_bits: LayerBits = None,
     activation_bits: LayerBits = None,
+    target: TargetDrop = None,
     evaluation: Evaluation = None,
     method: MethodName = None,
     preset: PresetOption = None,
@@ -57,19 +59,17 @@ def submit(
     """Send a model to be quantized; prints the job's id."""
     from service.commands.progress import transfer_display
 
-    options = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "method": method,
-        "preset": preset,
-        "architecture": architecture,
-        "seed": seed,
-        "dry_run": dry_run or None,
-    }
-    try:
-        configuration = read_configuration(config, options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--config") from error
+    configuration = configured(
+        config,
+        target=target,
+        dry_run=dry_run,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        method=method,
+        preset=preset,
+        architecture=architecture,
+        seed=seed,
+    )
     with open_client(url, key) as client:
         with transfer_display() as transferred:
             job = client.submit(

@@ -121,7 +121,8 @@ KINDS: dict[str, Kind] = {
     ),
     "config_invalid": Kind(
         422,
-        "The job's `config` is missing, not JSON, or holds an unknown key or a value that is not taken.",
+        "The job's `config` is missing, not JSON, names a key twice, or holds an unknown key or a value that is not "
+        "taken.",
         "The detail names every fault. Only `weight_bits` and `activation_bits` are required; the schema "
         "QuantizationConfig is in `/docs` and docs/api.md.",
     ),

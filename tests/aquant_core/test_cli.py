@@ -202,6 +202,8 @@ def test_programs_are_told_in_json(folder: Path, tmp_path: Path) -> None:
         (["--config", "text"], 2, "text is neither JSON nor a file of it"),
         (["--config", "absent.json"], 2, "absent.json is neither JSON nor a file of it"),
         (["--config", '{"seed": }'], 2, "neither JSON nor a file of it"),
+        (["--config", '{"seed": 1, "seed": 2}'], 2, 'names "seed" twice'),
+        (["--target", "101"], 2, "less than or equal to 100"),
         (["-o", "absent/q"], 2, "there is no folder"),
         (["--report", "absent/report.json"], 2, "there is no folder"),
         (["--device", "cuda:99"], 2, "CUDA devices"),
@@ -242,9 +244,9 @@ def test_a_bad_configuration_is_told_in_a_line(folder: Path, tmp_path: Path) -> 
     arguments = ["--calibration", folder / "images.npy", "--weight-bits", 9, "--activation-bits", 4]
     done = aquant(tmp_path, "quantize", folder / "float.onnx", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "The configuration is not valid: weight_bits: Value error, must be 2 to 8, or 32 for float; got 9.\n"
+    assert done.stderr == (
+        "The configuration is not valid: weight_bits: must be 2 to 8, or 32 for float; got 9. "
+        "Change what is named; the README has every key, --help the options.\n"
     )
 
 

@@ -348,6 +348,7 @@ def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes)
     [
         ({"config": "{"}, 422, "not JSON"),
         ({"config": "[1]"}, 422, "not a JSON object"),
+        ({"config": '{"seed": 1, "seed": 2}'}, 422, "twice"),
         ({"config": '{"colour": 1}'}, 422, "colour: unknown key"),
         ({"weight_bits": "9"}, 422, "weight_bits"),
         ({"device": "tpu"}, 400, "tpu"),
