@@ -119,8 +119,11 @@ def list_jobs(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    for job in found.jobs:
-        typer.echo(f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {_task(job)}")
+    tasks = [_task(job) for job in found.jobs]
+    width = max(map(len, tasks), default=0)
+    for job, task in zip(found.jobs, tasks, strict=True):
+        line = f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {task:<{width}}  {_model(job)}"
+        typer.echo(line.rstrip())
 
 
 def cancel(job_id: JobId, as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
@@ -153,7 +156,8 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
     except KeyboardInterrupt:
         typer.echo(f"Job {job_id} goes on; `aquant cancel {job_id}` stops it.", err=True)
         raise
-    typer.echo(describe(job), err=True)
+    if not as_json:  # its document has told it
+        typer.echo(describe(job), err=True)
     if job.error is not None:
         typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
     code = OF_JOBS[job.state]
@@ -162,13 +166,26 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
 
 
 def _task(job: JobDocument) -> str:
-    return f"{job.config.method} W{job.config.weight_bits}A{job.config.activation_bits}"
+    """What a job is to do, in a few words."""
+    config = job.config
+    bits = f"W{config.weight_bits}A{config.activation_bits}"
+    if config.target is not None:
+        bits = f"target {config.target.max_accuracy_drop:g} from {bits}"
+    return f"{config.method} {bits} {config.preset}{' (dry run)' if config.dry_run else ''}"
+
+
+def _model(job: JobDocument) -> str:
+    """What the model's sender called it, else its architecture; empty where neither is known."""
+    file = job.files.get("model")
+    return (file and file.filename) or job.config.architecture or ""
 
 
 def _facts(job: JobDocument) -> list[str]:
     from service.commands.progress import describe
 
-    lines = [describe(job), f"config     {_task(job)}, preset {job.config.preset}, seed {job.config.seed}"]
+    lines = [describe(job), f"config     {_task(job)}, seed {job.config.seed}"]
+    if _model(job):
+        lines.append(f"network    {_model(job)}")
     times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
     lines += [f"{name:<10} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
     if job.device is not None:

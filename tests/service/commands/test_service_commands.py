@@ -109,7 +109,10 @@ def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_jo
     assert [end.out for end in ends.values()] == [""] * 4
     assert "It is gone. Try again." in ends[fails].err
     assert f"aquant watch {waits}" in ends[waits].err
-    assert aquant("watch", fails, "--json").document["error"]["code"] == "worker_lost"
+    assert ends[works].err == f"{works} succeeded\n"
+    told = aquant("watch", fails, "--json")
+    assert told.document["error"]["code"] == "worker_lost"
+    assert told.err == "It is gone. Try again.\n"
 
 
 @in_a_folder
@@ -126,7 +129,8 @@ def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[obje
     assert done.code == 3
     documents = [JobDocument.model_validate_json(line) for line in done.out.splitlines()]
     assert documents[-1].state == "failed"
-    assert "failed" in done.err
+    assert "It is gone" in done.err
+    assert "failed" not in done.err
 
 
 @in_a_folder
@@ -135,10 +139,25 @@ def test_lists_are_lines_or_json(aquant: Aquant, sessions: Sessions, add_job: Ca
     fail(sessions, ids[0])
     lines = aquant("list").out.splitlines()
     assert {line.split()[0] for line in lines} == set(ids)
-    assert all(line.endswith("aquant W2A2") for line in lines)
+    assert all(line.endswith("aquant W2A2 fast") for line in lines)
     page = aquant("list", "--limit", "2", "--json").document
     assert [job["id"] for job in aquant("list", "--page", page["next"], "--json").document["jobs"]] == [ids[0]]
     assert [job["id"] for job in aquant("list", "--state", "failed", "--json").document["jobs"]] == [ids[0]]
+
+
+@in_a_folder
+def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: bytes, images: bytes) -> None:
+    for name, config in (
+        ("net.onnx", {"target": {"max_accuracy_drop": 0.5}, "preset": "paper"}),
+        ("m", {"weight_bits": 4, "activation_bits": 8, "method": "nearest", "dry_run": True}),
+    ):
+        parts = {"config": (None, json.dumps(config)), "model": (name, onnx_model), "calibration": ("c", images)}
+        assert web.post("/jobs", files=parts).status_code == 202
+    second, first = (line.split(" queued ")[1].strip() for line in aquant("list").out.splitlines())
+    assert first == "aquant target 0.5 from W2A2 paper  net.onnx"
+    assert second == "nearest W4A8 fast (dry run)        m"
+    shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
+    assert "network    m\n" in shown
 
 
 @in_a_folder
