@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ from aquant_core.run_options import (
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from rich.status import Status
 
 for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
@@ -192,15 +194,19 @@ def export(
     from aquant_core.images import check_image_shape
     from aquant_core.model import QuantizedModel
 
-    with _errors_told():
+    with _errors_told(), _progress_told(quiet=as_json) as told:
+        told.tell("reading")
         model = aquant_core.load(checkpoint)
         assert isinstance(model, QuantizedModel)
         images = None if compare is None else aquant_core.read_images(compare, "evaluation").images
         if images is not None:
             check_image_shape(model.graph.input_shape, images, "evaluation")
-        aquant_core.write_onnx(model, output)
+        aquant_core.write_onnx(model, output, partial(told.tell, "writing", "node"))
         size = output.stat().st_size
-        found = None if images is None else onnx_agreement.compare(model, onnx.load(output), images)
+        found = None
+        if images is not None:
+            tell = partial(told.tell, "comparing with onnxruntime", "image")
+            found = onnx_agreement.compare(model, onnx.load(output), images, tell)
     if as_json:
         agreement = None if found is None else {**asdict(found), "share_differing": found.share_differing}
         typer.echo(json.dumps({"path": str(output), "bytes": size, "agreement": agreement}, indent=2))
@@ -247,37 +253,39 @@ def _errors_told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress_told() -> Iterator[_Told]:
+def _progress_told(quiet: bool = False) -> Iterator[_Told]:
     """Progress on stderr: one line that changes on a terminal, a line for each step elsewhere, as a log has it."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Told(None)
-        return
-    with console.status("") as status:
-        yield _Told(status)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        yield _Told(console, status)
 
 
 class _Told:
-    """Tells how far a run is."""
+    """Tells how far a command is."""
 
-    def __init__(self, status: Status | None) -> None:
-        self._status = status
+    def __init__(self, console: Console, status: Status | None) -> None:
+        self._console, self._status = console, status
         self._step: tuple[str, str | None, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
-        step = (progress.stage, progress.method, progress.block)
-        if self._status is None and step == self._step:
-            return
-        self._step = step
+        """How far a run is."""
         words = [progress.stage, progress.method or ""]
         if progress.block:
             words.append(f"block {progress.block} of {progress.blocks}")
         if progress.eta_seconds is not None:
             words.append(f"{progress.eta_seconds:.0f} s left")
-        line = " ".join(word for word in words if word)
-        if self._status is None:
-            typer.echo(line, err=True)
-        else:
+        self._show((progress.stage, progress.method, progress.block), " ".join(filter(None, words)))
+
+    def tell(self, stage: str, things: str | None = None, done: int = 0, count: int = 0) -> None:
+        """How far a stage is: so many of its things are done; a log has the stage alone."""
+        counted = things is not None and self._status is not None
+        self._show((stage, None, 0), f"{stage} {things} {done + 1} of {count}" if counted else stage)
+
+    def _show(self, step: tuple[str, str | None, int], line: str) -> None:
+        if self._status is not None:
             self._status.update(line)
+        elif step != self._step:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._step = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,13 +75,16 @@ def open_session(
 
 
 @torch.no_grad()
-def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) -> Agreement:
+def compare(
+    model: QuantizedModel, exported: onnx.ModelProto, images: Tensor, tell: Callable[[int, int], None] | None = None
+) -> Agreement:
     """Runs both, on the CPU.
 
     Args:
         model: the network.
         exported: ``onnx_model(model)``, perhaps written and read again.
         images: (N, C, H, W).
+        tell: called with how many of the images are compared, and how many there are.
     """
     found = Agreement()
     plain, whole = (open_session(file, spinning=False) for file in (exported, _with_codes(model, exported)))
@@ -88,6 +92,8 @@ def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) ->
     names = [name + CODES for name in sources]
     alone = open_session(_codes_alone(exported, sources), spinning=False) if names else None
     for batch in torch.split(images, _AT_ONCE):
+        if tell is not None:
+            tell(found.images, len(images))
         values, logits = _run(model, batch)
         feed = {sources[name]: x.numpy() for name, (x, _) in values.items()}
         given = [] if alone is None else alone.run(names, feed)
