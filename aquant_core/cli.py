@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import AQuantError
+from aquant_core.errors import AQuantError, DeviceError
 from aquant_core.progress import Progress
 from aquant_core.run_options import (
     Architecture,
@@ -226,16 +226,14 @@ def _percent(share: float) -> str:
 
 
 def _device(name: str) -> torch.device:
-    import torch
+    from aquant_core.resources import usable_device
 
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{name!r} is no device", param_hint="--device") from error
+        device = usable_device(name)
+    except DeviceError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"there are {torch.cuda.device_count()} CUDA devices", param_hint="--device")
     return device
 
 

@@ -263,7 +263,11 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint_invalid": _job(
         "A quantized checkpoint is damaged, incomplete or of an unknown format version.",
-        "Download it again, or quantize anew with this version.",
+        "Copy or download it again from where it was written, or quantize anew with this version.",
+    ),
+    "device_unavailable": _job(
+        "A network was to run on a device that is not there; met in the library, as jobs run on their worker's.",
+        'Run it with `device="cpu"`, or on a machine with an NVIDIA driver and a torch that was built for CUDA.',
     ),
     "resume_mismatch": _job(
         "The finished blocks kept for a further attempt belong to another run.",
