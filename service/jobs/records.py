@@ -199,7 +199,7 @@ class UploadRecord(Record):
     """The whole file; None until it is complete."""
     created_at: Mapped[datetime]
     touched_at: Mapped[datetime]
-    """When it was last added to, or named by a job."""
+    """When it was last sent or added to, or named by a job."""
 
 
 class UploadPieceRecord(Record):

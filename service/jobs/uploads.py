@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
+from sqlalchemy import ColumnElement, delete, exists, insert, select, update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -114,7 +114,7 @@ class UploadRepository:
         return True
 
     def use(self, sha256: str) -> UploadRecord | None:
-        """The complete upload of this digest, kept from expiring and from being deleted until the transaction ends."""
+        """The complete upload of this digest, touched, and kept from being deleted until the transaction ends."""
         return self._session.scalar(
             update(UploadRecord)
             .where(UploadRecord.id == self._id(sha256), UploadRecord.key.is_not(None))
@@ -149,7 +149,33 @@ class UploadRepository:
         return self._session.get(UploadRecord, self._id(sha256), populate_existing=True)
 
     def _id(self, sha256: str) -> str:
-        return hashlib.sha256(f"{self._owner or ''}\0{sha256}".encode()).hexdigest()[:32]
+        return _id_of(self._owner, sha256)
+
+
+def adopt(session: Session, owner: str) -> int:
+    """Give an owner the uploads that were sent while there were no keys; how many those are.
+
+    Of what the owner has sent already, nobody's stays as it is, and expires once no job uses it.
+    """
+    nobodys = select(UploadRecord).where(UploadRecord.owner.is_(None)).with_for_update()
+    adopted = 0
+    for upload in session.scalars(nobodys).all():
+        own_id = _id_of(owner, upload.sha256)
+        if session.scalar(select(UploadRecord.id).where(UploadRecord.id == own_id)) is not None:
+            continue
+        own = UploadPieceRecord.upload_id == upload.id
+        pieces = [
+            {"upload_id": own_id, "start": piece.start, "size": piece.size, "key": piece.key}
+            for piece in session.scalars(select(UploadPieceRecord).where(own))
+        ]
+        session.execute(delete(UploadPieceRecord).where(own).execution_options(synchronize_session=False))
+        moved = update(UploadRecord).where(*_same(upload)).values(id=own_id, owner=owner)
+        session.execute(moved.execution_options(synchronize_session=False))
+        if pieces:
+            session.execute(insert(UploadPieceRecord), pieces)
+        session.expunge(upload)  # as it was
+        adopted += 1
+    return adopted
 
 
 def expired(session: Session, before: datetime, limit: int) -> Sequence[UploadRecord]:
@@ -182,6 +208,10 @@ def known_places(session: Session, places: Sequence[str]) -> set[str]:
         for piece in pieces
         for place in session.scalars(select(UploadRecord.place).where(UploadRecord.place.in_(piece)))
     }
+
+
+def _id_of(owner: str | None, sha256: str) -> str:
+    return hashlib.sha256(f"{owner or ''}\0{sha256}".encode()).hexdigest()[:32]
 
 
 def _same(upload: UploadRecord) -> tuple[ColumnElement[bool], ...]:

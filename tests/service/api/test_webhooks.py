@@ -265,7 +265,17 @@ def test_the_address_that_was_checked_is_the_one_called(
 
 
 @in_a_folder
-def test_an_absent_receiver(add_hooked: Callable[[str], str], sessions: sessionmaker[Session]) -> None:
+def test_an_absent_receiver(
+    add_hooked: Callable[[str], str], sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host in ("nobody.invalid", b"nobody.invalid"):  # without asking a name server
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     nowhere = add_hooked(f"https://localhost:{port}/")
