@@ -64,7 +64,7 @@ def usable_device(device: str | int | torch.device) -> torch.device:
     except RuntimeError as error:
         raise DeviceError(f"{device!r} is no device.", remedy) from error
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        built = "" if torch.backends.cuda.is_built() else ", and this torch was built without CUDA"
+        built = "" if torch.version.cuda else ", and this torch was built without CUDA"
         raise DeviceError(
             f"Device {str(found)!r} is not there: {count} CUDA devices are usable{built}.",
             remedy + " A GPU needs the NVIDIA driver and a torch that was built for CUDA.",

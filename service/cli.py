@@ -39,7 +39,13 @@ app.add_typer(owners)
 
 def main() -> None:
     """Run the command line; errors meant for the user are printed without a traceback."""
-    from service.client import DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError
+    from service.client import (
+        AddressMalformedError,
+        DigestMismatchError,
+        KeyMalformedError,
+        ServiceProblemError,
+        ServiceUnreachableError,
+    )
 
     for entry in entry_points(group=COMMAND_GROUP):
         try:
@@ -48,6 +54,9 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
+    except AddressMalformedError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(ExitCode.USAGE)
     except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.FAILED)

@@ -32,6 +32,10 @@ def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     error = capsys.readouterr().err
     assert "http://127.0.0.1:1" in error
     assert "aquant up" in error
+    assert run(monkeypatch, "show", "x", "--url", "127.0.0.1:1") == 2
+    assert "'127.0.0.1:1' is no address" in capsys.readouterr().err
+    assert run(monkeypatch, "watch", "", "--url", "http://127.0.0.1:1") == 2
+    assert "it is empty" in capsys.readouterr().err
 
 
 def test_bad_bits_are_refused_before_anything_is_sent(
