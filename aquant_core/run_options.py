@@ -5,12 +5,20 @@ Imports nothing heavy: both are known to every call of ``aquant``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from aquant_core.config import Method, PresetName
 from aquant_core.config_reading import read_configuration
+
+
+def _one_of(*words: str) -> Callable[[str], list[str]]:
+    """What a shell completes an option's value to."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
 
 Model = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")]
 Calibration = Annotated[
@@ -30,8 +38,17 @@ TargetDrop = Annotated[
         help="Instead of bits: points of accuracy that may be lost; searches the smallest network that holds.",
     ),
 ]
-MethodName = Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")]
-PresetOption = Annotated[str | None, typer.Option(help="smoke, fast or paper.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"aquant where unsaid; or {', '.join(name for name in get_args(Method) if name != 'aquant')}.",
+        autocompletion=_one_of(*get_args(Method)),
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help="fast where unsaid; or smoke, paper.", autocompletion=_one_of(*get_args(PresetName))),
+]
 Architecture = Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 ConfigSource = Annotated[str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")]

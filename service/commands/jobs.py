@@ -183,13 +183,13 @@ def _model(job: JobDocument) -> str:
 def _facts(job: JobDocument) -> list[str]:
     from service.commands.progress import describe
 
-    lines = [describe(job), f"config     {_task(job)}, seed {job.config.seed}"]
+    lines = [describe(job), f"config      {_task(job)}, seed {job.config.seed}"]
     if _model(job):
-        lines.append(f"network    {_model(job)}")
+        lines.append(f"network     {_model(job)}")
     times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
-    lines += [f"{name:<10} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
+    lines += [f"{name:<11} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
     if job.device is not None:
-        lines.append(f"device     {job.device}")
+        lines.append(f"device      {job.device}")
     if job.error is not None:
-        lines.append(f"error      {job.error.code}: {job.error.detail} {job.error.remedy}")
-    return lines + [f"{name:<10} {file.size:,} bytes  sha256 {file.sha256}" for name, file in job.files.items()]
+        lines.append(f"error       {job.error.code}: {job.error.detail} {job.error.remedy}")
+    return lines + [f"{name:<11} {file.size:,} bytes  sha256 {file.sha256}" for name, file in job.files.items()]

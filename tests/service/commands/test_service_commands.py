@@ -157,7 +157,7 @@ def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: by
     assert first == "aquant target 0.5 from W2A2 paper  net.onnx"
     assert second == "nearest W4A8 fast (dry run)        m"
     shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
-    assert "network    m\n" in shown
+    assert "network     m\n" in shown
 
 
 @in_a_folder
@@ -209,11 +209,20 @@ def test_progress_is_told_in_a_line(aquant: Aquant, add_job: Callable[[], str], 
     assert aquant("list").err == ""
 
 
-def test_shells_complete() -> None:
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("aquant ch", ["check"]),
+        ("aquant submit --ta", ["--target"]),
+        ("aquant submit --preset s", ["smoke"]),
+        ("aquant submit --method qdrop", ["qdrop", "qdrop_refactored"]),
+    ],
+)
+def test_shells_complete(typed: str, offered: list[str]) -> None:
     """What `aquant --install-completion` makes bash ask."""
     program = "import sys; sys.argv = ['aquant']; from service.cli import main; main()"
-    asked = {"_AQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "aquant ch", "COMP_CWORD": "1"}
+    asked = {"_AQUANT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ, **asked}
     )
-    assert done.stdout.split() == ["check"], done.stderr
+    assert done.stdout.split() == offered, done.stderr
