@@ -120,7 +120,7 @@ def quantize(
         text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
         report.write_text(text, encoding="utf-8")
     if as_json:
-        found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "warnings")}
+        found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "target", "warnings")}
         typer.echo(json.dumps({"path": str(output), "bytes": output.stat().st_size, **found}, indent=2))
         return
     for warning in result.report["warnings"]:
@@ -130,6 +130,13 @@ def quantize(
     if result.report["accuracy"] is None:
         for name, measured in result.report["fidelity"].items():
             typer.echo(f"{name:<10} decides as the float network on {_percent(measured['agreement'])}")
+    if (sought := result.report["target"]) is not None:
+        bits = sought["candidates"][sought["chosen"]]["mean_weight_bits"]
+        held = "holds" if sought["held"] else "does not hold, nor did any network tried: this is the best of them"
+        typer.echo(
+            f"{'target':<10} {sought['max_accuracy_drop']:g} points lost at most: {sought['drop']:.2f} "
+            f"with {bits:.2f} bits a weight {held}"
+        )
     typer.echo(f"{output}  {output.stat().st_size:,} bytes (float32: {result.report['size']['float_bytes']:,})")
 
 

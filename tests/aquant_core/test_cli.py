@@ -191,8 +191,23 @@ def test_programs_are_told_in_json(folder: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "path": str(tmp_path / "q"),
         "bytes": (tmp_path / "q").stat().st_size,
-        **{name: report[name] for name in ("accuracy", "fidelity", "size", "warnings")},
+        **{name: report[name] for name in ("accuracy", "fidelity", "size", "target", "warnings")},
     }
+
+
+@pytest.mark.parametrize(("drop", "told"), [("100", "holds"), ("0", "does not hold, nor did any")])
+def test_what_came_of_a_target_is_told(drop: str, told: str, folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(400, 1, 12, 12)).astype(np.float32))
+    two = {"weight_bits": 2, "activation_bits": 2}
+    config = json.dumps({"sensitivity": False, "layers": {"conv": two, "fc": two}})  # nothing is left to raise
+    done = run("quantize", folder / "float.onnx", "--calibration", folder / "images.npy", "--evaluation",
+               tmp_path / "noise.npy", "--target", drop, "--method", "nearest", "--preset", "smoke", "--config", config,
+               "-o", tmp_path / "q", "--report", tmp_path / "report.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    target = json.loads((tmp_path / "report.json").read_text())["target"]
+    bits = target["candidates"][target["chosen"]]["mean_weight_bits"]
+    line = f"target     {drop} points lost at most: {target['drop']:.2f} with {bits:.2f} bits a weight {told}"
+    assert any(printed.startswith(line) for printed in done.stdout.splitlines()), done.stdout
 
 
 @pytest.mark.parametrize(
