@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from job_rows import MINUTE
+from job_rows import MINUTE, finish, stored
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
@@ -30,7 +29,6 @@ class PageJobs:
 
     sessions: sessionmaker[Session]
     artifacts: Artifacts
-    folder: Path
     owner: str | None = None
     count: int = 0
 
@@ -93,34 +91,16 @@ class PageJobs:
             else:
                 repository.renew(claim, MINUTE * 60, "reconstruct", progress, finished)
 
-    def end(
-        self, job_id: str, state: JobState, error: Problem | None = None, files: Mapping[str, bytes] | None = None
-    ) -> str:
-        records = []
-        for name, content in (files or {}).items():
-            path = self.folder / name
-            path.write_bytes(content)
-            stored = self.artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", path)
-            records.append(
-                ArtifactRecord(
-                    job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
-                )
-            )
-        with self.sessions.begin() as session:
-            repository = JobRepository(session)
-            claim = repository.claim(job_id, "worker", MINUTE)
-            assert claim is not None
-            stage = "intake" if state == JobState.FAILED else "save"
-            document = None if error is None else error.model_dump(mode="json")
-            repository.finish(claim, state, stage, document, records)
-        return job_id
-
     def succeeded(
         self, report: Mapping[str, Any], more: Mapping[str, bytes] = MappingProxyType({}), **of_job: Any
     ) -> str:
         files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint", **more}
-        return self.end(self.queued(**of_job), JobState.SUCCEEDED, files=files)
+        job_id = self.queued(**of_job)
+        finish(self.sessions, job_id, results=stored(self.artifacts, job_id, files))
+        return job_id
 
     def failed(self, detail: str, **of_job: Any) -> str:
+        job_id = self.queued(**of_job)
         problem = Problem.of_job("operator_unsupported", detail, "Replace it.")
-        return self.end(self.queued(**of_job), JobState.FAILED, problem)
+        finish(self.sessions, job_id, JobState.FAILED, "intake", problem)
+        return job_id

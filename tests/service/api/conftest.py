@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from httpx import Client, Response
@@ -52,6 +51,6 @@ def make_key(sessions: sessionmaker[Session]) -> MakeKey:
 
 
 @pytest.fixture
-def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts, tmp_path: Path) -> PageJobs:
+def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts) -> PageJobs:
     """Puts jobs in as a worker would have left them."""
-    return PageJobs(sessions, artifacts, tmp_path)
+    return PageJobs(sessions, artifacts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from job_rows import MINUTE, claim
+from job_rows import MINUTE, finish
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -73,10 +73,7 @@ def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> tuple[Path, str, 
 
 
 def fail(sessions: Sessions, job_id: str) -> None:
-    held = claim(sessions, job_id)
-    error = Problem.of_job("worker_lost", "It is gone.", "Try again.").model_dump()
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.FAILED, "save", error)
+    finish(sessions, job_id, JobState.FAILED, error=Problem.of_job("worker_lost", "It is gone.", "Try again."))
 
 
 @in_a_folder
@@ -94,9 +91,7 @@ def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_jo
     waits, fails, stops, works = (add_job() for _ in range(4))
     fail(sessions, fails)
     assert aquant("cancel", stops).out == "cancelled\n"
-    held = claim(sessions, works)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    finish(sessions, works)
     ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
     assert [end.code for end in ends.values()] == [0, 3, 4, 5]
     assert [end.out for end in ends.values()] == [""] * 4
