@@ -20,6 +20,7 @@ from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 CONFIG: dict[str, Any] = {"weight_bits": 2, "activation_bits": 2, "preset": "fast"}
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 BLOCKS = ["stem", "layer1.0", "layer2.0", "layer3.0", "fc"]
 
 
@@ -91,16 +92,17 @@ class PageJobs:
             else:
                 repository.renew(claim, MINUTE * 60, "reconstruct", progress, finished)
 
-    def succeeded(
-        self, report: Mapping[str, Any], more: Mapping[str, bytes] = MappingProxyType({}), **of_job: Any
+    def end(
+        self, job_id: str, state: JobState, error: Problem | None = None, files: Mapping[str, bytes] = NO_FILES
     ) -> str:
-        files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint", **more}
-        job_id = self.queued(**of_job)
-        finish(self.sessions, job_id, results=stored(self.artifacts, job_id, files))
+        stage = "intake" if state == JobState.FAILED else "save"
+        finish(self.sessions, job_id, state, stage, error, stored(self.artifacts, job_id, files))
         return job_id
 
+    def succeeded(self, report: Mapping[str, Any], more: Mapping[str, bytes] = NO_FILES, **of_job: Any) -> str:
+        files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint", **more}
+        return self.end(self.queued(**of_job), JobState.SUCCEEDED, files=files)
+
     def failed(self, detail: str, **of_job: Any) -> str:
-        job_id = self.queued(**of_job)
         problem = Problem.of_job("operator_unsupported", detail, "Replace it.")
-        finish(self.sessions, job_id, JobState.FAILED, "intake", problem)
-        return job_id
+        return self.end(self.queued(**of_job), JobState.FAILED, problem)
