@@ -74,9 +74,19 @@ class QuantizedModel(nn.Module):
 
     def learned_in(self, block: Block) -> list[ActivationQuantizer]:
         """Layers and quantizers that are reconstructed with the block, in order."""
-        parts: dict[str, ActivationQuantizer] = {**self.layers, **self.quantizers}
+        parts = self.parts
         names = [node.name for node in block.nodes] if block.learned is None else block.learned
         return [parts[name] for name in names if name in parts]
+
+    @property
+    def parts(self) -> dict[str, ActivationQuantizer]:
+        """Layers and quantizers by node name."""
+        return {**self.layers, **self.quantizers}
+
+    @property
+    def quantizing(self) -> dict[str, ActivationQuantizer]:
+        """Those of ``parts`` that quantize what they read, and do not leave it float."""
+        return {name: part for name, part in self.parts.items() if part.activation_scale is not None}
 
     @property
     def device(self) -> torch.device:

@@ -153,25 +153,19 @@ def _database(data_dir: Path | None) -> Iterator[tuple[Session, Settings]]:
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
     try:
-        from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, open_database
+        from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, session_on
     except ImportError as error:
         typer.echo(
             f"This needs the server's extra ({error.name} not found): pip install 'aquant-service[server]'.", err=True
         )
         raise typer.Exit(1) from error
-    from sqlalchemy.orm import Session
-
     try:
         migrate(settings)
     except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    engine = open_database(settings)
-    try:
-        with Session(engine, expire_on_commit=False) as session, session.begin():
-            yield session, settings
-    finally:
-        engine.dispose()
+    with session_on(settings) as session, session.begin():
+        yield session, settings
 
 
 def _document(key: KeyRecord) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.config_reading import faults_of, repeated_key
 from service.api.auth import Owner
 from service.api.deps import Parts
-from service.api.forms import FormStream, Part
+from service.api.forms import FormStream, Part, read_whole
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
 from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
@@ -134,13 +134,10 @@ def _room(owner: Owner, key: str | None) -> Room:
 
 async def _read_json(job_id: str, request: Request, owner: Owner, key: str | None, limit: int) -> Submission:
     """A body that names files uploaded before."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise UploadTooLargeError(
-                f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
-            )
+    too_large = UploadTooLargeError(
+        f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
+    )
+    body = await read_whole(request.stream(), limit, too_large)
     try:
         asked = JobRequest.model_validate_json(body, strict=True)
     except ValidationError as error:

@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, hmac
 from fastapi import FastAPI
 from httpx import Client
-from job_rows import claim
+from job_rows import finish
 from servers import DATABASES, PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 from webhook_receiver import Receiver, receiver
@@ -61,12 +61,6 @@ def add_hooked(add_job: Callable[[], str], sessions: sessionmaker[Session]) -> C
         return job_id
 
     return add
-
-
-def finish(sessions: sessionmaker[Session], job_id: str, state: JobState = JobState.SUCCEEDED) -> None:
-    held = claim(sessions, job_id)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, state, "save")
 
 
 def deliver(sessions: sessionmaker[Session], allow: list[Any] = LOOPBACK, rounds: int = 1) -> None:

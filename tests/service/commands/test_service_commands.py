@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from job_rows import MINUTE, claim
+from job_rows import MINUTE, finish
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -65,28 +65,22 @@ def aquant(web: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.fixture
-def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> tuple[Path, str, Path]:
-    paths = tmp_path / "net.onnx", tmp_path / "images.npz"
-    for path, data in zip(paths, (onnx_model, images), strict=True):
-        path.write_bytes(data)
-    return paths[0], "--calibration", paths[1]
+def given(files: dict[str, Path]) -> tuple[object, ...]:
+    return files["model"], "--calibration", files["calibration"]
 
 
 def fail(sessions: Sessions, job_id: str) -> None:
-    held = claim(sessions, job_id)
-    error = Problem.of_job("worker_lost", "It is gone.", "Try again.").model_dump()
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.FAILED, "save", error)
+    finish(sessions, job_id, JobState.FAILED, error=Problem.of_job("worker_lost", "It is gone.", "Try again."))
 
 
 @in_a_folder
-def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, files: tuple[object, ...]) -> None:
-    done = aquant("submit", *files, *BITS, "--idempotency-key", "once")
+def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, given: tuple[object, ...]) -> None:
+    done = aquant("submit", *given, *BITS, "--idempotency-key", "once")
     assert done.code == 0
     job_id = done.out.strip()
-    again = aquant("submit", *files, *BITS, "--idempotency-key", "once", "--json")
+    again = aquant("submit", *given, *BITS, "--idempotency-key", "once", "--json")
     assert (again.code, again.document["id"], again.err) == (0, job_id, "")
-    assert aquant("submit", *files, *BITS, "--dry-run", "--json").document["config"]["dry_run"] is True
+    assert aquant("submit", *given, *BITS, "--dry-run", "--json").document["config"]["dry_run"] is True
 
 
 @in_a_folder
@@ -101,9 +95,7 @@ def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_jo
     waits, fails, stops, works = (add_job() for _ in range(4))
     fail(sessions, fails)
     assert aquant("cancel", stops).out == "cancelled\n"
-    held = claim(sessions, works)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    finish(sessions, works)
     ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
     assert [end.code for end in ends.values()] == [0, 3, 4, 5]
     assert [end.out for end in ends.values()] == [""] * 4
@@ -116,7 +108,7 @@ def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_jo
 
 
 @in_a_folder
-def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[object, ...], web: httpx.Client) -> None:
+def test_submit_can_follow(aquant: Aquant, sessions: Sessions, given: tuple[object, ...], web: httpx.Client) -> None:
     def work() -> None:
         while not (jobs := web.get("/jobs").json()["jobs"]):
             time.sleep(0.02)
@@ -124,7 +116,7 @@ def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[obje
 
     worker = threading.Thread(target=work)
     worker.start()
-    done = aquant("submit", *files, *BITS, "--watch", "--json")
+    done = aquant("submit", *given, *BITS, "--watch", "--json")
     worker.join()
     assert done.code == 3
     documents = [JobDocument.model_validate_json(line) for line in done.out.splitlines()]
