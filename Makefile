@@ -27,8 +27,9 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
+# A file's tests share servers, so they stay together.
 unit: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

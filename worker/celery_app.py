@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
+from billiard import active_children
 from celery.signals import celeryd_init, setup_logging, worker_init, worker_process_init, worker_ready, worker_shutdown
 from celery.utils.log import get_multiprocessing_logger
 
@@ -16,6 +19,7 @@ from service.logs import set_up_logging
 from service.s3 import UnsupportedStoreError
 from service.settings import Settings
 from service.tracing import require
+from worker.lease import told_to_end
 from worker.presence import Presence
 from worker.probe import NO_GPU, NoUsableGpuError, find_device
 from worker.workplace import clear_abandoned
@@ -70,7 +74,25 @@ def _disappear(**_: Any) -> None:
     _presence.stop()
 
 
+def _tell_child_first(**_: Any) -> None:
+    """Celery keeps it to itself that it was told to end until it ends the child: too late to hand on the job."""
+
+    def told(end: Callable[..., Any]) -> Callable[..., None]:
+        def tell_and_end(*event: Any) -> None:
+            for child in active_children():
+                os.kill(child.pid, signal.SIGUSR2)
+            end(*event)
+
+        return tell_and_end
+
+    for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+        handler = signal.getsignal(number)
+        assert callable(handler)
+        signal.signal(number, told(handler))
+
+
 def _begin_child(**_: Any) -> None:
+    signal.signal(signal.SIGUSR2, lambda *_: told_to_end.set())
     # A child that was killed could not clear up after itself; its successor does.
     clear_abandoned(settings.work_dir)
 
@@ -80,5 +102,6 @@ celeryd_init.connect(_choose_device)
 setup_logging.connect(_set_up_logging)  # in the child; having a receiver also keeps Celery's own set-up out
 worker_init.connect(_prepare)
 worker_ready.connect(_appear)
+worker_ready.connect(_tell_child_first)
 worker_shutdown.connect(_disappear)
 worker_process_init.connect(_begin_child)

@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS = 8.0
 """Work that is to stop looks for it at every step; what has not by then is in a step too long to wait for."""
+HAND_ON_SECONDS = 2.0
+"""The same where the worker ends, which waits for no longer than ``worker_soft_shutdown_timeout``."""
+
+told_to_end = threading.Event()
+"""Set in a worker's child once the worker was told to end."""
 
 
 class JobStopError(Exception):
@@ -40,6 +45,10 @@ class JobCancelledError(JobStopError):
 
 class LeaseLostError(JobStopError):
     """Another attempt holds the job, or it is gone; nothing may be written for it any more."""
+
+
+class WorkerEndingError(JobStopError):
+    """The worker was told to end; another goes on with the job."""
 
 
 class JobTimeoutError(JobStopError):
@@ -128,6 +137,8 @@ class Lease:
         """Raise if the work must stop here."""
         if self._stop is None and time.monotonic() > self._deadline:
             self._stop = JobTimeoutError()
+        if self._stop is None and told_to_end.is_set():
+            self._stop = WorkerEndingError()
         if self._stop is not None:
             raise self._stop
 
@@ -164,8 +175,9 @@ class Lease:
             if not self.stopping:
                 continue
             stopping_since = stopping_since or time.monotonic()
-            if self._stop is not None and time.monotonic() - stopping_since > STOP_SECONDS:
-                log.warning("job %s did not stop within %.0f seconds", self.claim.job_id, STOP_SECONDS)
+            patience = HAND_ON_SECONDS if isinstance(self._stop, WorkerEndingError) else STOP_SECONDS
+            if self._stop is not None and time.monotonic() - stopping_since > patience:
+                log.warning("job %s did not stop within %.0f seconds", self.claim.job_id, patience)
                 self._on_overdue(self, self._stop)
                 return
 

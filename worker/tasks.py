@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
 from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpected
-from worker.lease import JobStopError, Lease, LeaseLostError
+from worker.lease import JobStopError, Lease, LeaseLostError, WorkerEndingError, told_to_end
 from worker.presence import worker_name
 from worker.reporting import publish, publish_plan
 from worker.steps import BlockEnd, Steps
@@ -60,8 +61,12 @@ class JobRunner:
     def run(self) -> JobState | None:
         """Try the job whose turn it is; the state it was left in, or None if none waits or it was lost on the way.
 
+        A worker that ends takes none.
+
         Without a database its row stays as it is, for the reaper: queued, or under a lease that runs out.
         """
+        if told_to_end.is_set():
+            return None
         try:
             claim = self._claim()
             return None if claim is None else self._try(claim)
@@ -195,9 +200,14 @@ class JobRunner:
                 time.sleep(STORE_POLL_SECONDS)
 
     def _stop(self, lease: Lease, stop: JobStopError) -> JobState | None:
-        """End a job that was cancelled or went over a limit; one whose claim is lost is another's to end."""
+        """End a job that was cancelled or went over a limit; one whose claim is lost is another's to end.
+
+        Where it is the worker that ends, the job waits for another.
+        """
         if isinstance(stop, LeaseLostError):
             return None
+        if isinstance(stop, WorkerEndingError):
+            return self._let_go(lease, lambda jobs: jobs.hand_on(lease.claim))
         problem = problem_of(stop, self._settings)
         return self._finish(lease, JobState.CANCELLED if problem is None else JobState.FAILED, problem)
 
@@ -218,15 +228,20 @@ class JobRunner:
             return JobRepository(session).finish(lease.claim, state, lease.stage, error)
 
     def _give_back(self, lease: Lease, problem: Problem) -> JobState | None:
-        claim = lease.claim
+        error, attempts = problem.model_dump(), self._settings.max_attempts
+        return self._let_go(lease, lambda jobs: jobs.give_back(lease.claim, attempts, error))
+
+    def _let_go(self, lease: Lease, how: Callable[[JobRepository], JobState | None]) -> JobState | None:
+        """End the attempt; if the job is back in the queue, tell the workers."""
+        job_id = lease.claim.job_id
         lease.flush()
         with self._sessions.begin() as session:
-            state = JobRepository(session).give_back(claim, self._settings.max_attempts, problem.model_dump())
+            state = how(JobRepository(session))
         if state == JobState.QUEUED:
             try:
-                announce(claim.job_id, self._sessions, self._queue)
+                announce(job_id, self._sessions, self._queue)
             except QueueDownError as error:
-                log.warning("job %s is queued again but not announced: %s", claim.job_id, error)
+                log.warning("job %s is queued again but not announced: %s", job_id, error)
         return state
 
 

@@ -98,6 +98,8 @@ class JobRecord(Record):
 
     attempt: Mapped[int] = mapped_column(default=0)
     """How often the job was claimed; also the fence that an outlived worker's writes fail at."""
+    handed_on: Mapped[int] = mapped_column(default=0)
+    """Of these, attempts that ended because the worker was told to end; they do not count against the job."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_expires_at: Mapped[datetime | None]
 

@@ -237,6 +237,17 @@ class JobRepository:
         """
         return self._end_attempt(claim.job_id, claim.attempt, max_attempts, error, _held_under(claim))
 
+    def hand_on(self, claim: Claim) -> JobState | None:
+        """Back to the queue, because the worker was told to end: an attempt that is not counted against the job.
+
+        Returns the state the job is in now, or None where the claim was lost.
+        """
+        held = _held_under(claim)
+        handed_on = JobRecord.handed_on + 1
+        if self._move(JobState.QUEUED, held, JobRecord.state == JobState.RUNNING, handed_on=handed_on, **_waiting()):
+            return JobState.QUEUED
+        return JobState.CANCELLED if self._move(JobState.CANCELLED, held, **_ending()) else None
+
     def take_back(self, job_id: str, attempt: int, max_attempts: int, error: dict[str, Any]) -> JobState | None:
         """As :meth:`give_back`, for a worker whose lease has run out; None if it has not."""
         return self._end_attempt(job_id, attempt, max_attempts, error, JobRecord.lease_expires_at < now())
@@ -246,12 +257,11 @@ class JobRepository:
     ) -> JobState | None:
         this = (JobRecord.id == job_id, JobRecord.attempt == attempt, held)
         running, cancelling = JobRecord.state == JobState.RUNNING, JobRecord.state == JobState.CANCELLING
-        state, values = JobState.FAILED, {"error": error, **_ending()}
-        if attempt < max_attempts:
-            state = JobState.QUEUED
-            values = {"lease_owner": None, "lease_expires_at": None, "stage": None, "progress": None}
-        if self._move(state, *this, running, **values):  # in this order, as in finish()
-            return state
+        more = JobRecord.attempt - JobRecord.handed_on < max_attempts
+        if self._move(JobState.QUEUED, *this, running, more, **_waiting()):  # in this order, as in finish()
+            return JobState.QUEUED
+        if self._move(JobState.FAILED, *this, running, error=error, **_ending()):
+            return JobState.FAILED
         return JobState.CANCELLED if self._move(JobState.CANCELLED, *this, cancelling, **_ending()) else None
 
     # A user's side: cancel, delete.
@@ -407,6 +417,10 @@ class JobRepository:
         if state in FINISHED and started_at is not None and finished_at is not None:
             method = QuantizationConfig.model_validate(config).method
             Tallies(self._session).add("job", (finished_at - started_at).total_seconds(), method, state)
+
+
+def _waiting() -> dict[str, Any]:
+    return {"lease_owner": None, "lease_expires_at": None, "stage": None, "progress": None}
 
 
 def _ending() -> dict[str, Any]:

@@ -6,11 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from sqlalchemy.orm import Session
+
+from service.client import Client
+from service.jobs.database import open_database
+from service.jobs.records import JobRecord
+from service.settings import Settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -54,6 +61,31 @@ def test_up_prints_its_address_and_stops(
             up.kill()  # or a test that failed would wait for it without end
     assert (up.returncode, rest.strip()) == (0, "stopped")
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_job_under_way_waits_for_the_next_up(tmp_path: Path) -> None:
+    """Handed on as the worker ends, not found by the next one when its lease has run out."""
+    example = Path(__file__).parents[2] / "examples" / "fashion_mnist"
+    long = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke", "iterations": 100_000}
+    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        url = next(line for line in iter(up.stdout.readline, "") if line.startswith("ready")).split()[1]
+        with Client(url) as client:
+            job = client.submit(example / "residual.onnx", example / "calibration.npz", long)
+            while client.get(job.id).state == "queued":
+                time.sleep(0.1)
+        up.terminate()
+        try:
+            up.communicate(timeout=60)
+        finally:
+            up.kill()
+    engine = open_database(Settings(data_dir=tmp_path))
+    with Session(engine) as session:
+        left = session.get_one(JobRecord, job.id)
+        assert (left.state, left.attempt, left.handed_on) == ("queued", 1, 1)
+    engine.dispose()
+    assert "Traceback" not in (tmp_path / "logs" / "worker.log").read_text()
 
 
 def test_killed_up_takes_its_parts_along(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from job_rows import claim, state
@@ -25,14 +26,34 @@ Sessions = sessionmaker[Session]
 STUBBORN = """
 import sys, time
 from worker import lease, tasks
-lease.STOP_SECONDS = 0.2
+lease.STOP_SECONDS = lease.HAND_ON_SECONDS = 0.2
 def work(*_):
     print("at work", flush=True)
     time.sleep(60)
+from worker.celery_app import _begin_child
+_begin_child()
 runner = tasks.JobRunner(tasks.settings, "cpu")
 runner._quantize = work
 runner.run()
 """
+
+
+@contextmanager
+def at_work(settings: Settings, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker's child that has taken the job and will not stop by itself."""
+    environment = {
+        **os.environ,
+        **more,
+        "AQUANT_DATA_DIR": str(settings.data_dir),
+        "AQUANT_DATABASE_URL": settings.database,
+        "AQUANT_ARTIFACTS_URL": settings.artifacts,
+        "AQUANT_BROKER_URL": str(settings.broker_url),
+    }
+    argv = [sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        yield process
 
 
 @pytest.mark.parametrize(
@@ -53,18 +74,7 @@ def test_a_process_in_an_endless_step_is_ended_with_its_job(
     with sessions.begin() as session:
         JobRepository(session).give_back(held, 9, {})
     artifacts.put_file(blocks_prefix("job") + "0", settings.data_dir.parent / "block")
-    environment = {
-        **os.environ,
-        **limits,
-        "AQUANT_DATA_DIR": str(settings.data_dir),
-        "AQUANT_DATABASE_URL": settings.database,
-        "AQUANT_ARTIFACTS_URL": settings.artifacts,
-        "AQUANT_BROKER_URL": str(settings.broker_url),
-    }
-    argv = [sys.executable, "-c", STUBBORN]
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "at work\n"
+    with at_work(settings, **limits) as process:
         if not limits:
             with sessions.begin() as session:
                 JobRepository(session).cancel("job")
@@ -76,3 +86,21 @@ def test_a_process_in_an_endless_step_is_ended_with_its_job(
     assert artifacts.keys(blocks_prefix("job")) == []
     with pytest.raises(AssertionError):
         claim(sessions, "job")
+
+
+def test_a_worker_that_ends_hands_on_the_job_even_in_an_endless_step(
+    settings: Settings, sessions: Sessions, artifacts: Artifacts, claimed: Callable[..., Claim]
+) -> None:
+    """Long before its lease runs out, with the blocks it has finished, and for as many attempts as before."""
+    held = claimed(block=("safetensors", b"x"))
+    with sessions.begin() as session:
+        JobRepository(session).give_back(held, 9, {})
+    artifacts.put_file(blocks_prefix("job") + "0", settings.data_dir.parent / "block")
+    with at_work(settings) as process:
+        process.send_signal(signal.SIGUSR2)
+        assert process.wait(60) == -signal.SIGKILL
+    with sessions() as session:
+        job = session.get_one(JobRecord, "job")
+        assert (job.state, job.attempt, job.handed_on, job.error) == (JobState.QUEUED, 2, 1, None)
+    assert artifacts.keys(blocks_prefix("job")) == [blocks_prefix("job") + "0"]
+    claim(sessions, "job")

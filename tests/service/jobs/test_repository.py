@@ -88,6 +88,28 @@ def test_the_last_attempt_fails_with_a_reason(sessions: Sessions, add_job: AddJo
         assert job.finished_at is not None
 
 
+def test_what_a_worker_hands_on_does_not_count_against_the_job(sessions: Sessions, add_job: AddJob) -> None:
+    job_id = add_job()
+    for _ in range(5):
+        held = claim(sessions, job_id)
+        with sessions.begin() as session:
+            assert JobRepository(session).hand_on(held) == JobState.QUEUED
+            assert JobRepository(session).hand_on(held) is None
+    for ends in (JobState.QUEUED, JobState.FAILED):
+        held = claim(sessions, job_id)
+        with sessions.begin() as session:
+            assert JobRepository(session).give_back(held, 2, ERROR) == ends
+    assert held.attempt == 7
+
+
+def test_a_cancelled_job_is_not_handed_on(sessions: Sessions, add_job: AddJob) -> None:
+    job_id = add_job()
+    held = claim(sessions, job_id)
+    with sessions.begin() as session:
+        JobRepository(session).cancel(job_id)
+        assert JobRepository(session).hand_on(held) == JobState.CANCELLED
+
+
 def test_cancelling_ends_as_cancelled_whatever_the_worker_says(sessions: Sessions, add_job: AddJob) -> None:
     for ending in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED):
         job_id = add_job()
