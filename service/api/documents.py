@@ -14,10 +14,7 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
     """The document of a job; ``workers`` are the devices of those alive."""
     here = f"/jobs/{job.id}"
     done = job.state == JobState.SUCCEEDED
-    progress = JobProgress.model_validate(job.progress or {})
     filenames: dict[str, str] = (job.origin or {}).get("filenames", {})
-    if job.state in FINISHED:
-        progress.eta_seconds = None  # the last estimate of what has ended
     return JobDocument(
         id=job.id,
         name=_name_of(job, filenames),
@@ -26,7 +23,7 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
         device=job.device,
         queue_position=queue_position,
         workers=sum(job.device in (None, device) for device in workers) if job.state == JobState.QUEUED else None,
-        progress=progress,
+        progress=progress_of(job),
         attempt=job.attempt,
         created_at=job.created_at,
         started_at=job.started_at,
@@ -60,6 +57,14 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
             onnx=f"{here}/onnx" if job.artifact("onnx") is not None else None,
         ),
     )
+
+
+def progress_of(job: JobRecord) -> JobProgress:
+    """How far a job is."""
+    progress = JobProgress.model_validate(job.progress or {})
+    if job.state in FINISHED:
+        progress.eta_seconds = None  # the last estimate of what has ended
+    return progress
 
 
 def _name_of(job: JobRecord, filenames: Mapping[str, str]) -> str:

@@ -150,7 +150,7 @@ class UploadDocument(BaseModel):
     offset: Annotated[int, Field(description="Bytes that are there: where to go on.")]
     complete: Annotated[bool, Field(description="Whole and checked: jobs may name it.")]
     expires_at: Annotated[
-        datetime, Field(description="When it is deleted, unless it is added to, or a job uses it, before.")
+        datetime, Field(description="When it is deleted, unless it is sent again, added to, or used by a job before.")
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import quote
 
@@ -15,11 +14,10 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from httpx import Client, Response
 from old_reports import old_report
+from outline import Outline
 from page_jobs import CONFIG, PageJobs
-from sqlalchemy.orm import Session, sessionmaker
 
 from service.api import pages, sign_in
-from service.jobs.keys import KeyRepository
 from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
@@ -43,49 +41,6 @@ ROUTES = [
 def cookie(bearer: Headers) -> Headers:
     """What a signed-in browser sends from a page of the service."""
     return {"Cookie": f"aquant-key={bearer['Authorization'].removeprefix('Bearer ')}", **OWN}
-
-
-class Outline(HTMLParser):
-    """Tags of a page, its scripts, event handlers and links."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.scripts: list[str | None] = []
-        self.handlers: list[str] = []
-        self.addresses: list[str] = []
-        self.words = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        values = dict(attrs)
-        if tag == "script":
-            self.scripts.append(values.get("src"))
-        self.handlers += [name for name in values if name.startswith("on") or name == "style"]
-        self.addresses += [values[name] or "" for name in ("href", "src", "action") if name in values]
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-@pytest.fixture
-def ada(make_key: Callable[..., Headers]) -> Headers:
-    return make_key("ada")
-
-
-@pytest.fixture
-def hers(page_jobs: PageJobs, ada: Headers) -> dict[str, str]:
-    """Ada's jobs, two of them with results."""
-    assert ada
-    page_jobs.owner = "ada"
-    return {
-        "queued": page_jobs.queued(filename="of-ada.onnx"),
-        "running": page_jobs.running(filename="of-ada.onnx"),
-        "succeeded": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
-        "other": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
-        "failed": page_jobs.failed("of-ada", filename="of-ada.onnx"),
-    }
 
 
 def all_of(web: Client, bearer: Headers) -> Any:
@@ -177,77 +132,6 @@ def test_a_browser_that_names_its_origin_alone_is_served(web: Client, hers: dict
     answer = web.post(f"/page/jobs/{hers['queued']}/cancel", headers=headers)
     assert (answer.status_code, answer.headers["location"]) == (303, f"/page/jobs/{hers['queued']}")
     assert web.get(f"/jobs/{hers['queued']}", headers=ada).json()["state"] == JobState.CANCELLED
-
-
-def signed_in(web: Client, **fields: str) -> Response:
-    return web.post("/page/sign-in", data=fields, headers=OWN)
-
-
-def test_signing_in_and_out(web: Client, hers: dict[str, str], ada: Headers) -> None:
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert "API key" in web.get("/", follow_redirects=True).text
-    answer = signed_in(web, key=f" {key} ", next=f"/page/jobs/{hers['failed']}")
-    assert (answer.status_code, answer.headers["location"]) == (303, f"/page/jobs/{hers['failed']}")
-    attributes = answer.headers["set-cookie"].replace(f"aquant-key={key}; ", "").lower()
-    assert sorted(attributes.split("; ")) == ["httponly", "path=/", "samesite=strict"]
-    page = web.get("/").text  # the client keeps cookies, as a browser does
-    assert page.count("of-ada.onnx</a>") == len(hers)
-    assert "Sign out" in page
-    assert key not in page
-    out = web.post("/page/sign-out", headers=OWN)
-    assert out.headers["location"] == "/"
-    assert "aquant-key" not in web.cookies
-    assert web.get("/").headers["location"] == "/page/sign-in?next=%2F"
-
-
-def test_over_https_the_cookie_is_for_https_alone(web: Client, ada: Headers) -> None:
-    """As behind a proxy that took the TLS off: the browser still says what it sees."""
-    key = ada["Authorization"].removeprefix("Bearer ")
-    origin = f"https://{web.base_url.host}:{web.base_url.port}"
-    answer = web.post("/page/sign-in", data={"key": key}, headers={"Origin": origin})
-    assert answer.headers["set-cookie"].startswith(f"__Host-aquant-key={key}; ")
-    assert "; Secure" in answer.headers["set-cookie"]
-    both = {"Cookie": f"aquant-key=aquant_of-another; __Host-aquant-key={key}"}
-    assert web.get("/", headers=both).status_code == 200
-
-
-def test_bad_keys_are_refused_in_words(
-    web: Client, ada: Headers, make_key: Callable[..., Headers], sessions: sessionmaker[Session]
-) -> None:
-    def problem(answer: Response) -> str:
-        assert "set-cookie" not in answer.headers
-        return Outline(answer.text).words
-
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert "not one of this service" in problem(signed_in(web, key=key[:-1] + "!"))
-    assert "needs an API key" in problem(signed_in(web, key=""))
-    metrics = make_key("ada", scope="metrics")["Authorization"].removeprefix("Bearer ")
-    assert "is for metrics" in problem(signed_in(web, key=metrics))
-    assert signed_in(web, key="x" * 5000).status_code == 413
-    assert signed_in(web, key=key).status_code == 303
-    with sessions.begin() as session:
-        KeyRepository(session).revoke(key.split("_")[1])
-    assert "was revoked" in web.get("/", follow_redirects=True).text
-    assert "aquant-key" in web.cookies
-    web.post("/page/sign-out", headers=OWN)
-    assert "aquant-key" not in web.cookies
-
-
-@pytest.mark.parametrize(
-    "place", ["https://evil.example/", "//evil.example", "/\\evil.example", "\\\\evil.example", "javascript:1", "/a\nb"]
-)
-def test_signing_in_leads_nowhere_else(web: Client, ada: Headers, place: str) -> None:
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert signed_in(web, key=key, next=place).headers["location"] == "/"
-    assert web.get("/page/sign-in", params={"next": place}).headers["location"] == "/"
-
-
-def test_without_keys_nobody_signs_in(web: Client) -> None:
-    assert web.get("/").status_code == 200
-    assert web.get("/page/sign-in").headers["location"] == "/"
-    answer = signed_in(web, key="anything")
-    assert answer.headers["location"] == "/"
-    assert "set-cookie" not in answer.headers
 
 
 def test_headers_keep_other_sites_out(web: Client, page_jobs: PageJobs) -> None:
@@ -368,6 +252,7 @@ def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes)
     [
         ({"config": "{"}, 422, "not JSON"),
         ({"config": "[1]"}, 422, "not a JSON object"),
+        ({"config": '{"seed": 1, "seed": 2}'}, 422, "twice"),
         ({"config": '{"colour": 1}'}, 422, "colour: unknown key"),
         ({"weight_bits": "9"}, 422, "weight_bits"),
         ({"device": "tpu"}, 400, "tpu"),

@@ -43,14 +43,6 @@ def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
     assert [fault for watched in opened for fault in watched.faults] == []
 
 
-@pytest.fixture
-def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> dict[str, Path]:
-    paths = {"model": tmp_path / "net.onnx", "calibration": tmp_path / "images.npz"}
-    for path, content in zip(paths.values(), (onnx_model, images), strict=True):
-        path.write_bytes(content)
-    return paths
-
-
 def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: PageJobs) -> None:
     running, failed = page_jobs.running(), page_jobs.failed("Operator `Hardmax` cannot be captured.")
     done = [page_jobs.succeeded(old_report()) for _ in range(2)]

@@ -72,6 +72,7 @@ def test_pieces_make_the_file_also_after_a_restart(
     assert artifacts.get_bytes(key) == DATA
     again = web.put(URL, content=DATA)
     assert (again.status_code, again.json()["complete"]) == (200, True)
+    assert again.json()["expires_at"] > last.json()["expires_at"]
     assert artifacts.keys("uploads") == [key]
 
 
