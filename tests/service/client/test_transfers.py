@@ -107,7 +107,7 @@ def test_a_job_is_made_once_though_the_answer_got_lost(
     sent = {name: hashlib.sha256(files.get(name, files["calibration"]).read_bytes()).hexdigest() for name in job.files}
     assert {name: file.sha256 for name, file in job.files.items()} == sent
     assert set(sent) == {"model", "calibration", "evaluation"}
-    names = {"model": files[0].name, "calibration": files[1].name, "evaluation": files[1].name}
+    names = {"model": "net.onnx", "calibration": "images.npz", "evaluation": "images.npz"}
     assert {name: file.filename for name, file in job.files.items()} == names
 
 
