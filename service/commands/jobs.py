@@ -122,7 +122,7 @@ def list_jobs(
     tasks = [_task(job) for job in found.jobs]
     width = max(map(len, tasks), default=0)
     for job, task in zip(found.jobs, tasks, strict=True):
-        line = f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {task:<{width}}  {_model(job)}"
+        line = f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {task:<{width}}  {job.name}"
         typer.echo(line.rstrip())
 
 
@@ -174,18 +174,11 @@ def _task(job: JobDocument) -> str:
     return f"{config.method} {bits} {config.preset}{' (dry run)' if config.dry_run else ''}"
 
 
-def _model(job: JobDocument) -> str:
-    """What the model's sender called it, else its architecture; empty where neither is known."""
-    file = job.files.get("model")
-    return (file and file.filename) or job.config.architecture or ""
-
-
 def _facts(job: JobDocument) -> list[str]:
     from service.commands.progress import describe
 
     lines = [describe(job), f"config      {_task(job)}, seed {job.config.seed}"]
-    if _model(job):
-        lines.append(f"network     {_model(job)}")
+    lines.append(f"network     {job.name}")
     times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
     lines += [f"{name:<11} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
     if job.device is not None:

@@ -84,8 +84,8 @@ def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, g
 
 
 @in_a_folder
-def test_a_target_is_an_option(aquant: Aquant, files: tuple[object, ...]) -> None:
-    config = aquant("submit", *files, "--target", "0.5", "--config", '{"seed": 3}', "--json").document["config"]
+def test_a_target_is_an_option(aquant: Aquant, files: dict[str, Path]) -> None:
+    config = aquant("submit", *given(files), "--target", "0.5", "--config", '{"seed": 3}', "--json").document["config"]
     assert config["target"] == {"max_accuracy_drop": 0.5}
     assert (config["weight_bits"], config["activation_bits"], config["seed"]) == (2, 2, 3)
 
