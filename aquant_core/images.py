@@ -249,6 +249,7 @@ def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dt
     Raises:
         ImageSetError: the images are not (N, C, H, W) of a floating point type, or the network fails on their size or
             type.
+        torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken, whatever the images' size.
     """
     shape = tuple(images.shape)
     unfit = ImageSetError(
@@ -260,6 +261,8 @@ def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dt
         raise unfit
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except (RuntimeError, ValueError) as error:
         sized = all(size in (None, got) for size, got in zip(wanted, shape[1:], strict=True))
         if sized and dtype in (None, images.dtype):

@@ -201,6 +201,21 @@ def test_a_network_s_own_type_and_its_own_errors() -> None:
         raise RuntimeError("out of memory")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize("size", [12, 24])
+def test_a_device_that_is_full_or_broken_is_no_matter_of_the_images_size(error: type[Exception], size: int) -> None:
+    with pytest.raises(error, match="of CUDA"), named_if_unfit((3, 12, 12), torch.rand(2, 3, size, size)):
+        raise error("of CUDA")
+
+
+def test_a_network_that_fails_on_another_size_says_so() -> None:
+    with (
+        pytest.raises(ImageSetError, match=r"\(2, 3, 24, 24\); the network takes"),
+        named_if_unfit((3, 12, 12), torch.rand(2, 3, 24, 24)),
+    ):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
 def test_autocast_changes_nothing() -> None:
     network = IntegerModel(learned())
     expected = network(IMAGES)
