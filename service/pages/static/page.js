@@ -111,7 +111,9 @@ function over(form, event) {
 function send(form, event) {
   event.preventDefault();
   const [buttons, bar, words] = [form.querySelectorAll("button"), form.querySelector("#sent"), form.querySelector("#sending")];
-  const said = new FormData(form, event.submitter); // before the buttons are disabled
+  const said = new FormData(form); // before the buttons are disabled
+  const button = event.submitter; // added by hand: FormData(form, button) is not known to every browser
+  if (button?.name) said.set(button.name, button.value);
   const refused = document.getElementById("refused");
   const request = new XMLHttpRequest(); // fetch() does not tell how much of a body is sent
   const end = (text) => {

@@ -160,6 +160,15 @@ def test_a_forecast_is_asked_for_by_a_button(open_page: Open, files: dict[str, P
     expect(page.get_by_role("heading", level=1)).to_have_text("net.onnx AQuant, W2A2, dry run")
 
 
+def test_a_forecast_is_one_where_form_data_knows_no_button(open_page: Open, files: dict[str, Path]) -> None:
+    page = open_page("/").page
+    page.evaluate("() => { window.FormData = class extends FormData { constructor(form) { super(form); } }; }")
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_role("button", name="Forecast only").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("net.onnx AQuant, W2A2, dry run")
+
+
 def test_without_scripts_everything_is_there(open_page: Open, files: dict[str, Path], page_jobs: PageJobs) -> None:
     page = open_page("/", java_script_enabled=False).page
     for name, path in files.items():
