@@ -29,14 +29,18 @@ class Resources:
     Attributes:
         device: where the arithmetic is done.
         device_bytes: memory it may take on an accelerator; None for 9/10 of what is free. Not used on a CPU.
-        memory_bytes: memory the process may take in all; None for what it has and 8/10 of what is available.
+        memory_bytes: memory the process may fill in all before block inputs and outputs go to disk; None for what it
+            has and 8/10 of what is available.
         folder: where block inputs and outputs go that fit into neither; None for the system's temporary folder.
+        limit_bytes: main memory above which whoever runs the process stops it, mapped files left out; None without such
+            a limit. It changes nothing in a run: a plan tells whether its forecast is beyond it.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     device_bytes: int | None = None
     memory_bytes: int | None = None
     folder: Path | None = None
+    limit_bytes: int | None = None
 
     def device_budget(self) -> int:
         """Bytes on the accelerator; 0 on a CPU."""

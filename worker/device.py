@@ -20,7 +20,8 @@ def resources(settings: Settings, device: Device, folder: Path) -> Resources:
     """What the settings allow, on this machine.
 
     Args:
-        settings: ``memory_bytes`` and ``device_memory_bytes``.
+        settings: ``memory_bytes`` and ``device_memory_bytes``, and ``job_memory_bytes``, above which the lease
+            stops a job.
         device: what the worker has found itself to run on.
         folder: where block inputs and outputs go that do not fit into memory.
 
@@ -30,7 +31,9 @@ def resources(settings: Settings, device: Device, folder: Path) -> Resources:
     if device == "gpu" and not torch.cuda.is_available():
         raise GpuLostError
     name = "cuda" if device == "gpu" else "cpu"
-    return Resources(torch.device(name), settings.device_memory_bytes, settings.memory_bytes, folder)
+    return Resources(
+        torch.device(name), settings.device_memory_bytes, settings.memory_bytes, folder, settings.job_memory_bytes
+    )
 
 
 def gpu_is_lost(error: BaseException) -> bool:

@@ -59,11 +59,17 @@ def render(report: Mapping[str, Any]) -> str:
 
 def _render_plan(plan: Plan) -> str:
     cautions = list(plan.warnings)
-    if plan.fits is False:
-        cautions.append("The forecast is beyond the memory that a run may take: it is likely to be stopped for it.")
-    spilled = sum(block.placement == "disk" for block in plan.blocks)
-    if spilled:
-        cautions.append(f"What {spilled} blocks are learned from goes to disk, for want of memory, which is slow.")
+    if plan.standing == "beyond_limit":
+        cautions.append(
+            "The forecast is beyond the memory above which a run is stopped here: it is likely to be stopped."
+        )
+    elif plan.standing == "beyond_budget":
+        cautions.append(
+            "Wherever blocks' inputs are kept, the run takes more memory than it is to fill here: it is tried all the "
+            "same, and fails if there is no more."
+        )
+    if plan.on_disk:
+        cautions.append(f"What {plan.on_disk} blocks are learned from goes to disk, for want of memory, which is slow.")
     return _page(
         "plan.html",
         plan=plan,

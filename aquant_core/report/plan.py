@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field
 from aquant_core.config import Method, QuantizationConfig
 from aquant_core.report.schema import Evaluation, Size
 
+Standing = Literal["within", "on_disk", "beyond_budget", "beyond_limit"]
+
 PLAN_FORMAT: Literal["aquant-plan/1"] = "aquant-plan/1"
 
 
@@ -59,7 +61,17 @@ class Plan(BaseModel):
     forecast: Annotated[dict[str, Any] | None, Field(description="As in a job's progress; null if nothing is learned.")]
     budget_bytes: Annotated[
         int | None,
-        Field(description="Memory that a run may take where the plan was made: the device's, on a CPU the process's."),
+        Field(
+            description="Memory that a run fills, where the plan was made, before block inputs go elsewhere: the "
+            "device's, on a CPU the process's."
+        ),
+    ] = None
+    limit_bytes: Annotated[
+        int | None,
+        Field(
+            description="Memory above which a run is stopped; null if none is set, or on a GPU, whose forecast is of "
+            "other memory."
+        ),
     ] = None
     evaluation: Evaluation
     device: str
@@ -75,8 +87,24 @@ class Plan(BaseModel):
     seconds: Annotated[float, Field(description="That the plan took.")]
 
     @property
-    def fits(self) -> bool | None:
-        """Whether the forecast is within the budget; None where nothing is learned, or an older plan has none."""
-        if self.forecast is None or self.budget_bytes is None:
+    def standing(self) -> Standing | None:
+        """How the forecast stands to limit and budget; None where nothing is learned, or an older plan has neither.
+
+        Beyond the limit a run is stopped. Beyond the budget it is not: it takes that much wherever the blocks' inputs
+        are kept, and is tried. Within it, they may be on disk to keep it so.
+        """
+        if self.forecast is None:
             return None
-        return bool(self.forecast["peak_bytes"] <= self.budget_bytes)
+        peak = self.forecast["peak_bytes"]
+        if self.limit_bytes is not None and peak > self.limit_bytes:
+            return "beyond_limit"
+        if self.budget_bytes is None:
+            return None
+        if peak > self.budget_bytes:
+            return "beyond_budget"
+        return "on_disk" if self.on_disk else "within"
+
+    @property
+    def on_disk(self) -> int:
+        """How many blocks have their inputs and outputs on disk."""
+        return sum(block.placement == "disk" for block in self.blocks)

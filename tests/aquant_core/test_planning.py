@@ -17,6 +17,7 @@ from aquant_core.pipeline import quantize
 from aquant_core.planning import plan
 from aquant_core.progress import Progress
 from aquant_core.report.plan import Plan
+from aquant_core.resources import Resources
 
 SHORT = Preset(6, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
 
@@ -79,6 +80,22 @@ def test_it_ends_after_its_forecast() -> None:
     planned = plan(NET, IMAGES, config(), on_progress=seen.append, preset=SHORT)
     assert list(dict.fromkeys(progress.stage for progress in seen)) == ["capture", "forecast"]
     assert seen[-1].forecast == planned["forecast"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "standing"),
+    [
+        (Resources(memory_bytes=1 << 50), "within"),
+        (Resources(memory_bytes=1 << 50, limit_bytes=1 << 50), "within"),
+        (Resources(memory_bytes=0), "beyond_budget"),  # the process itself is more
+        (Resources(memory_bytes=0, limit_bytes=1 << 50), "beyond_budget"),
+        (Resources(memory_bytes=1 << 50, limit_bytes=1 << 20), "beyond_limit"),
+    ],
+)
+def test_it_is_told_how_the_forecast_stands(resources: Resources, standing: str) -> None:
+    planned = plan(NET, IMAGES, config(), preset=SHORT, resources=resources)
+    assert (planned["budget_bytes"], planned["limit_bytes"]) == (resources.memory_bytes, resources.limit_bytes)
+    assert Plan.model_validate(planned).standing == standing
 
 
 def test_refusals_are_those_of_a_run() -> None:

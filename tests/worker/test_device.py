@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.settings import Settings
+from service.settings import GIB, Settings
 from worker.device import GpuLostError, GpuMemory, gpu_is_full, gpu_is_lost, resources
 
 
 def test_settings_reach_the_core(tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path, device="cpu", memory_bytes=5, device_memory_bytes=7)
+    settings = Settings(data_dir=tmp_path, device="cpu", memory_bytes=5, device_memory_bytes=7, job_memory_bytes=GIB)
     given = resources(settings, "cpu", tmp_path / "job")
     assert given.device == torch.device("cpu")
     assert (given.memory_bytes, given.device_bytes, given.folder) == (5, 7, tmp_path / "job")
+    assert given.limit_bytes == GIB
+    assert resources(Settings(data_dir=tmp_path), "cpu", tmp_path).limit_bytes is None
 
 
 def test_a_gpu_that_has_gone_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

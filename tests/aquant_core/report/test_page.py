@@ -234,14 +234,22 @@ def test_numbers_that_were_not_finite(report: dict[str, Any]) -> None:
     Page(render(report))
 
 
-def test_a_plan_says_whether_it_fits_and_what_it_takes() -> None:
+def test_a_plan_says_whether_memory_does_and_what_it_takes() -> None:
     plan = reports.planned(compare=["qdrop", "nearest"], layers={"second": {"weight_bits": 4}})
     peak = plan["forecast"]["peak_bytes"]
-    for budget, words in ((2 * peak, "It fits"), (peak // 2, "It does not fit"), (None, "up to")):
-        plan["budget_bytes"] = budget
+    cases = [
+        (2 * peak, None, "It is within the", None),
+        (2 * peak, peak, "It is within the", None),
+        (peak // 2, None, "and is tried all the same", "the run takes more memory than it is to fill"),
+        (2 * peak, peak - 1, "a run is stopped here", "it is likely to be stopped"),
+        (None, None, "up to", None),
+    ]
+    for plan["budget_bytes"], plan["limit_bytes"], words, caution in cases:
         page = Page(render(plan))
         assert words in page.shown
-        assert ("fit" in page.shown) == (budget is not None)
+        for *_, others, warned in cases[:4]:
+            assert (others in page.shown) == (others == words)
+            assert warned is None or (warned in page.shown) == (warned == caution)
     assert "AQuant, 2-bit weights, 2-bit activations: what it would take" in page.shown
     assert "for 3 methods together" in page.shown
     assert "3 at other bits than asked for" in page.shown
@@ -257,7 +265,10 @@ def test_a_plan_warns_of_what_goes_to_disk() -> None:
     plan = reports.planned()
     for block in plan["blocks"]:
         block["placement"] = "disk"
-    assert f"What {len(plan['blocks'])} blocks are learned from goes to disk" in Page(render(plan)).shown
+    shown = Page(render(plan)).shown
+    assert f"What {len(plan['blocks'])} blocks are learned from goes to disk" in shown
+    assert "by keeping on disk what is beyond them" in shown
+    assert "stopped" not in shown
 
 
 def test_a_plan_of_what_learns_nothing() -> None:

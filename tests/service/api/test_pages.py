@@ -362,7 +362,7 @@ def test_a_dry_run_shows_its_plan(web: Client, page_jobs: PageJobs) -> None:
     assert page.status_code == 200
     assert "AQuant, W2A2, dry run" in words
     assert "Peak memory" in words
-    assert "fits: it may take" in words
+    assert "it may fill" in words
     assert plan["warnings"][0] in words
     addresses = Outline(page.text).addresses
     assert f"/page/jobs/{job_id}/report" in addresses
@@ -372,6 +372,24 @@ def test_a_dry_run_shows_its_plan(web: Client, page_jobs: PageJobs) -> None:
     listed = web.get("/").text
     assert f"tick-{job_id}" not in listed
     assert "Compare the two ticked" not in listed
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"budget_bytes": 1}, "more than the"),
+        ({"limit_bytes": 1}, "likely to be stopped: it is above"),
+        ({"budget_bytes": None}, None),
+    ],
+)
+def test_a_dry_run_tells_whether_memory_does(
+    web: Client, page_jobs: PageJobs, changes: dict[str, Any], expected: str | None
+) -> None:
+    files = {"report": json.dumps(reports.planned() | changes).encode()}
+    job_id = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED, files=files)
+    words = Outline(web.get(f"/page/jobs/{job_id}").text).words
+    for each in ("more than the", "likely to be stopped: it is above", "may fill"):
+        assert (each in words) == (each == expected)
 
 
 def test_a_job_without_a_file_name_is_called_by_what_is_known(web: Client, page_jobs: PageJobs) -> None:
