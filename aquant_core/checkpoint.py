@@ -27,7 +27,7 @@ FORMAT = "aquant-checkpoint/2"
 UNVERIFIED_FORMAT = "aquant-checkpoint/1"
 """The first version; it is read, but holds no digests of its tensors."""
 
-REMEDY = "Download it again; its sha256 is in the job's document, under files."
+REMEDY = "Copy or download it again from where it was written (a job's document has its sha256), or quantize anew."
 
 _KEY = "aquant"  # the header has this one key: several would be written in no fixed order
 _FLOAT = 32  # config.FLOAT_BITS; that module needs pydantic

@@ -19,6 +19,7 @@ from aquant_core.graph import CapturedModel
 from aquant_core.layers import ActivationQuantizer
 from aquant_core.model import QuantizedModel
 from aquant_core.quantizers import UniformGrid, WeightRounding, largest_code
+from aquant_core.resources import usable_device
 
 
 def tensors_of(model: QuantizedModel) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def save(model: QuantizedModel, path: str | Path, about: Mapping[str, Any]) -> N
     checkpoint.write(path, document, tensors_of(model))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path, device: str | int | torch.device = "cpu") -> nn.Module:
     """The quantized network of a checkpoint: a module from (N, C, H, W) images to logits.
 
     Its logits are those of the network that was saved, bit for bit on the same device and batch size.
@@ -88,7 +89,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
     Raises:
         CheckpointError: not a checkpoint, another format version, or damaged; the tensor is named.
+        DeviceError: the device is not there.
     """
+    device = usable_device(device)
     stored = checkpoint.read(path)
     try:
         model = _rebuild(stored)

@@ -11,13 +11,14 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aquant_core.config import QuantizationConfig, read_configuration
-from aquant_core.errors import AQuantError
+from aquant_core.config import QuantizationConfig
+from aquant_core.errors import AQuantError, DeviceError
 from aquant_core.progress import Progress
 from aquant_core.run_options import (
     Architecture,
@@ -30,10 +31,13 @@ from aquant_core.run_options import (
     Model,
     PresetOption,
     Seed,
+    TargetDrop,
+    configured,
 )
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from rich.status import Status
 
 for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
@@ -51,6 +55,7 @@ def quantize(
     ),
     weight_bits: LayerBits = None,
     activation_bits: LayerBits = None,
+    target: TargetDrop = None,
     evaluation: Evaluation = None,
     method: MethodName = None,
     preset: PresetOption = None,
@@ -71,21 +76,19 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a network on this machine, without a service."""
-    options = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "method": method,
-        "preset": preset,
-        "architecture": architecture,
-        "seed": seed,
-        "dry_run": dry_run or None,
-    }
-    try:
-        configuration = QuantizationConfig.model_validate(read_configuration(config, options))
-    except ValueError as error:
-        if type(error) is not ValueError:  # what pydantic says is told by the caller
-            raise
-        raise typer.BadParameter(str(error), param_hint="--config") from error
+    configuration = QuantizationConfig.model_validate(
+        configured(
+            config,
+            target=target,
+            dry_run=dry_run,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            method=method,
+            preset=preset,
+            architecture=architecture,
+            seed=seed,
+        )
+    )
     for option, path in (("--output", output), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=option)
@@ -96,9 +99,15 @@ def quantize(
     from aquant_core.report.page import render
     from aquant_core.resources import Resources
 
+    def write(document: dict[str, Any]) -> None:
+        if report is not None:
+            page = report.suffix.lower() in (".html", ".htm")
+            report.write_text(render(document) if page else json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
     if configuration.dry_run:
         with _errors_told(), _progress_told() as told:
             document = plan(model, calibration, configuration, evaluation, told, resources=Resources(chosen))
+        write(document)
         typer.echo(json.dumps(document, indent=2))
         return
     with _errors_told(), _progress_told() as told:
@@ -112,12 +121,9 @@ def quantize(
             resume_from=resume_from,
         )
         result.save(output)
-    if report is not None:
-        page = report.suffix.lower() in (".html", ".htm")
-        text = render(result.report) if page else json.dumps(result.report, indent=2) + "\n"
-        report.write_text(text, encoding="utf-8")
+    write(result.report)
     if as_json:
-        found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "warnings")}
+        found = {name: result.report[name] for name in ("accuracy", "fidelity", "size", "target", "warnings")}
         typer.echo(json.dumps({"path": str(output), "bytes": output.stat().st_size, **found}, indent=2))
         return
     for warning in result.report["warnings"]:
@@ -127,6 +133,13 @@ def quantize(
     if result.report["accuracy"] is None:
         for name, measured in result.report["fidelity"].items():
             typer.echo(f"{name:<10} decides as the float network on {_percent(measured['agreement'])}")
+    if (sought := result.report["target"]) is not None:
+        bits = sought["candidates"][sought["chosen"]]["mean_weight_bits"]
+        held = "holds" if sought["held"] else "does not hold, nor did any network tried: this is the best of them"
+        typer.echo(
+            f"{'target':<10} {sought['max_accuracy_drop']:g} points lost at most: {sought['drop']:.2f} "
+            f"with {bits:.2f} bits a weight {held}"
+        )
     typer.echo(f"{output}  {output.stat().st_size:,} bytes (float32: {result.report['size']['float_bytes']:,})")
 
 
@@ -191,15 +204,19 @@ def export(
     from aquant_core.images import check_image_shape
     from aquant_core.model import QuantizedModel
 
-    with _errors_told():
+    with _errors_told(), _progress_told(quiet=as_json) as told:
+        told.tell("reading")
         model = aquant_core.load(checkpoint)
         assert isinstance(model, QuantizedModel)
         images = None if compare is None else aquant_core.read_images(compare, "evaluation").images
         if images is not None:
             check_image_shape(model.graph.input_shape, images, "evaluation")
-        aquant_core.write_onnx(model, output)
+        aquant_core.write_onnx(model, output, partial(told.tell, "writing", "node"))
         size = output.stat().st_size
-        found = None if images is None else onnx_agreement.compare(model, onnx.load(output), images)
+        found = None
+        if images is not None:
+            tell = partial(told.tell, "comparing with onnxruntime", "image")
+            found = onnx_agreement.compare(model, onnx.load(output), images, tell)
     if as_json:
         agreement = None if found is None else {**asdict(found), "share_differing": found.share_differing}
         typer.echo(json.dumps({"path": str(output), "bytes": size, "agreement": agreement}, indent=2))
@@ -219,16 +236,14 @@ def _percent(share: float) -> str:
 
 
 def _device(name: str) -> torch.device:
-    import torch
+    from aquant_core.resources import usable_device
 
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{name!r} is no device", param_hint="--device") from error
+        device = usable_device(name)
+    except DeviceError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"there are {torch.cuda.device_count()} CUDA devices", param_hint="--device")
     return device
 
 
@@ -246,37 +261,39 @@ def _errors_told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress_told() -> Iterator[_Told]:
+def _progress_told(quiet: bool = False) -> Iterator[_Told]:
     """Progress on stderr: one line that changes on a terminal, a line for each step elsewhere, as a log has it."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Told(None)
-        return
-    with console.status("") as status:
-        yield _Told(status)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+        yield _Told(console, status)
 
 
 class _Told:
-    """Tells how far a run is."""
+    """Tells how far a command is."""
 
-    def __init__(self, status: Status | None) -> None:
-        self._status = status
+    def __init__(self, console: Console, status: Status | None) -> None:
+        self._console, self._status = console, status
         self._step: tuple[str, str | None, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
-        step = (progress.stage, progress.method, progress.block)
-        if self._status is None and step == self._step:
-            return
-        self._step = step
+        """How far a run is."""
         words = [progress.stage, progress.method or ""]
         if progress.block:
             words.append(f"block {progress.block} of {progress.blocks}")
         if progress.eta_seconds is not None:
             words.append(f"{progress.eta_seconds:.0f} s left")
-        line = " ".join(word for word in words if word)
-        if self._status is None:
-            typer.echo(line, err=True)
-        else:
+        self._show((progress.stage, progress.method, progress.block), " ".join(filter(None, words)))
+
+    def tell(self, stage: str, things: str | None = None, done: int = 0, count: int = 0) -> None:
+        """How far a stage is: so many of its things are done; a log has the stage alone."""
+        counted = things is not None and self._status is not None
+        self._show((stage, None, 0), f"{stage} {things} {done + 1} of {count}" if counted else stage)
+
+    def _show(self, step: tuple[str, str | None, int], line: str) -> None:
+        if self._status is not None:
             self._status.update(line)
+        elif step != self._step:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._step = step

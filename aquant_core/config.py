@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -303,24 +300,3 @@ class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
         """The named protocol with the switches that the configuration sets otherwise."""
         switches = self.protocol_switches.model_dump(exclude_none=True)
         return PROTOCOLS[self.protocol].model_copy(update=switches)
-
-
-def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A command line's keys and values.
-
-    Args:
-        given: JSON, or the path of a file of it.
-        options: go over it where they are not None.
-
-    Raises:
-        ValueError: it is no JSON object, or the file cannot be read.
-    """
-    configuration: Any = {}
-    if given is not None:
-        try:
-            configuration = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{given} is neither JSON nor a file of it: {error}") from error
-        if not isinstance(configuration, dict):
-            raise ValueError(f"{given} holds a {type(configuration).__name__}, not an object")
-    return {**configuration, **{name: value for name, value in options.items() if value is not None}}

@@ -61,7 +61,7 @@ class CaptureMismatchError(AQuantError):
 
 
 class ImageSetError(AQuantError):
-    """Calibration or evaluation images are unreadable, of a wrong shape, or too few."""
+    """Images are unreadable, of a wrong shape or type, or too few."""
 
     code = "images_invalid"
 
@@ -100,3 +100,9 @@ class OnnxExportError(AQuantError):
     """The quantized network cannot be written with standard ONNX operators."""
 
     code = "onnx_export_unsupported"
+
+
+class DeviceError(AQuantError):
+    """The device asked for is not there."""
+
+    code = "device_unavailable"

@@ -13,7 +13,7 @@ from torch import Tensor
 _SMALL_IMAGE = 64 * 64
 
 Z = 1.959964
-"""Of a 95 % interval."""
+"""Of a 95 % interval: the quantile of the normal distribution."""
 
 
 def evaluation_batch_size(images: Tensor) -> int:
@@ -53,36 +53,33 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def wilson_interval(fraction: float, count: int, z: float = Z) -> tuple[float, float]:
+def wilson_interval(fraction: float, count: int) -> tuple[float, float]:
     """95 % interval of a fraction of ``count`` trials (Wilson 1927)."""
-    centre = fraction + z * z / (2 * count)
-    spread = z * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
+    centre = fraction + Z * Z / (2 * count)
+    spread = Z * math.sqrt(fraction * (1 - fraction) / count + Z * Z / (4 * count * count))
+    scale = 1 + Z * Z / count
     return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
 
 
-def paired_difference(ours: Tensor, theirs: Tensor, z: float = Z) -> tuple[float, float, float]:
+def paired_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
     """Difference of two accuracies on the same images and its 95 % interval (Agresti and Min 2005).
 
     The interval is Wald's of the two kinds of images that tell them apart, each counted half an image higher.
 
     Args:
         ours, theirs: (N,) whether each image was right.
-        z: quantile of the normal distribution.
     """
     count = len(ours)
     gained, lost = float((ours & ~theirs).sum()), float((theirs & ~ours).sum())
     centre = (gained - lost) / (count + 2)
-    spread = z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (count + 2)) / (count + 2)
+    spread = Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (count + 2)) / (count + 2)
     return (gained - lost) / count, max(centre - spread, -1.0), min(centre + spread, 1.0)
 
 
-def independent_difference(
-    first: float, first_count: int, second: float, second_count: int, z: float = Z
-) -> tuple[float, float]:
+def independent_difference(first: float, first_count: int, second: float, second_count: int) -> tuple[float, float]:
     """95 % interval of ``first - second``, fractions of two sets of images (Newcombe 1998, method 10)."""
-    first_low, first_high = wilson_interval(first, first_count, z)
-    second_low, second_high = wilson_interval(second, second_count, z)
+    first_low, first_high = wilson_interval(first, first_count)
+    second_low, second_high = wilson_interval(second, second_count)
     difference = first - second
     return (
         difference - math.hypot(first - first_low, second_high - second),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -18,18 +19,19 @@ OUTPUT = "logits"
 """Name of the output; the input is ``graph.INPUT``."""
 
 
-def write_onnx(model: nn.Module, path: str | Path) -> None:
+def write_onnx(model: nn.Module, path: str | Path, tell: Callable[[int, int], None] | None = None) -> None:
     """Writes a quantized network as ONNX, through a neighbouring temporary file.
 
     Args:
         model: what ``aquant_core.load`` or ``quantize`` returns.
         path: where to.
+        tell: called with how many of the network's nodes are written, and how many there are.
 
     Raises:
         OnnxExportError: the network has something that standard operators cannot express; it is named.
     """
     path = Path(path)
-    content = onnx_model(model).SerializeToString(deterministic=True)
+    content = onnx_model(model, tell).SerializeToString(deterministic=True)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)
@@ -38,11 +40,14 @@ def write_onnx(model: nn.Module, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def onnx_model(model: nn.Module) -> onnx.ModelProto:
+def onnx_model(model: nn.Module, tell: Callable[[int, int], None] | None = None) -> onnx.ModelProto:
     """The quantized network as ONNX: from ``input`` (N, C, H, W) to ``logits``, N being free.
 
     The value of each node bears its name; the codes of each quantized value, uint8, that of the layer or mark with
     ``.codes`` behind it.
+
+    Args:
+        model, tell: see ``write_onnx``.
 
     Raises:
         OnnxExportError: see ``write_onnx``.
@@ -55,7 +60,9 @@ def onnx_model(model: nn.Module) -> onnx.ModelProto:
     layers, operators = LayerWriter(graph), OperatorWriter(graph, model.constants, shapes)
     values = {INPUT: INPUT}
     codes: dict[str, Codes] = {}  # of marked values
-    for node in model.graph.nodes:
+    for written, node in enumerate(model.graph.nodes):
+        if tell is not None:
+            tell(written, len(model.graph.nodes))
         inputs = [values[name] for name in node.inputs]
         values[node.name] = output = _value_name(node, model.graph)
         if node.op in LAYERS:

@@ -147,7 +147,5 @@ def _put_tensors(block: Block, model: QuantizedModel, border: BorderConfig, tens
 
 def _parts(block: Block, model: QuantizedModel) -> Iterator[tuple[Node, ActivationQuantizer]]:
     """The block's layers and quantizers by node."""
-    for node in block.nodes:
-        part = model.layers.get(node.name) or model.quantizers.get(node.name)
-        if part is not None:
-            yield node, part
+    parts = model.parts
+    return ((node, parts[node.name]) for node in block.nodes if node.name in parts)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +233,38 @@ def check_labels(classes: int, images: ImageSet, what: Kind) -> None:
             f"The {what} labels go up to {highest}, the network has {classes} classes.",
             f"Number the classes from 0 to {classes - 1}.",
         )
+
+
+@contextlib.contextmanager
+def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Runs a network on images; if it fails and they are not what it takes, the error says so.
+
+    Height and width may differ where the network pools over all positions, so they are no error by themselves.
+
+    Args:
+        wanted: the (C, H, W) that the network takes, None being free.
+        images: what it is given.
+        dtype: the type it computes in; None where it converts the images.
+
+    Raises:
+        ImageSetError: the images are not (N, C, H, W) of a floating point type, or the network fails on their size or
+            type.
+    """
+    shape = tuple(images.shape)
+    unfit = ImageSetError(
+        f"The images are {images.dtype} {shape}; the network takes {dtype or 'floating point'} (N, C, H, W) with "
+        f"(C, H, W) = {tuple('any' if size is None else size for size in wanted)}.",
+        "Prepare them as for calibration, in a batch: one alone is images[None].",
+    )
+    if len(shape) != 4 or not images.is_floating_point() or wanted[0] not in (None, shape[1]):
+        raise unfit
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        sized = all(size in (None, got) for size, got in zip(wanted, shape[1:], strict=True))
+        if sized and dtype in (None, images.dtype):
+            raise
+        raise unfit from error
 
 
 def check_image_shape(wanted: Sequence[int | None], images: Tensor, what: Kind) -> None:

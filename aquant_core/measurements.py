@@ -74,7 +74,7 @@ def measure(model: QuantizedModel, blocks: list[Block], images: Tensor) -> Measu
     """
     images = measured_images(images).to(model.device)
     graph, count = model.graph, len(images)
-    parts, inputs = _quantizers(model), {}
+    parts, inputs = model.quantizing, {}
     ends = {block.output: block for block in blocks if block.has_parts}
     layers: dict[str, dict[str, Any]] = {}
     errors: dict[str, float] = {}
@@ -107,7 +107,7 @@ def measure(model: QuantizedModel, blocks: list[Block], images: Tensor) -> Measu
 @torch.inference_mode()
 def clipped_shares(model: QuantizedModel, images: Tensor) -> dict[str, float]:
     """By quantizer, the share of its inputs that lie beyond its codes, over the first of (N, C, H, W) images."""
-    parts, shares = _quantizers(model), {}
+    parts, shares = model.quantizing, {}
 
     def run(node: Node, values: list[Tensor]) -> Tensor:
         if node.name in parts:
@@ -281,11 +281,6 @@ def _histogram(t: Tensor, is_kept: Tensor, part: ActivationQuantizer) -> dict[st
         "above": counts[-1],
         "zeros": t.numel() - len(values),
     }
-
-
-def _quantizers(model: QuantizedModel) -> dict[str, ActivationQuantizer]:
-    parts: dict[str, ActivationQuantizer] = {**model.layers, **model.quantizers}
-    return {name: part for name, part in parts.items() if part.activation_scale is not None}
 
 
 def _in_steps(x: Tensor, part: ActivationQuantizer) -> Tensor:

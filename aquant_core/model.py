@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from aquant_core.config import FLOAT_BITS, QuantizationConfig
 from aquant_core.graph import INPUT, LAYERS, OPERATORS, QUANTIZE, CapturedModel, Node, evaluate_nodes
+from aquant_core.images import named_if_unfit
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.methods import MethodSettings, Placement
 from aquant_core.partition import Block
@@ -56,7 +57,13 @@ class QuantizedModel(nn.Module):
         return OPERATORS[node.op](node.attributes, constants, *values)
 
     def forward(self, x: Tensor) -> Tensor:
-        return evaluate_nodes(self.graph.nodes, {INPUT: x}, self.run_node)[self.graph.output]
+        """(N, C, H, W) images to logits.
+
+        Raises:
+            ImageSetError: they are not what the network takes.
+        """
+        with named_if_unfit(self.graph.input_shape, x, next(iter(self.layers.values())).float_weight.dtype):
+            return evaluate_nodes(self.graph.nodes, {INPUT: x}, self.run_node)[self.graph.output]
 
     def run_block(self, block: Block, x: Tensor) -> Tensor:
         """The block's output for its input."""
@@ -67,9 +74,19 @@ class QuantizedModel(nn.Module):
 
     def learned_in(self, block: Block) -> list[ActivationQuantizer]:
         """Layers and quantizers that are reconstructed with the block, in order."""
-        parts: dict[str, ActivationQuantizer] = {**self.layers, **self.quantizers}
+        parts = self.parts
         names = [node.name for node in block.nodes] if block.learned is None else block.learned
         return [parts[name] for name in names if name in parts]
+
+    @property
+    def parts(self) -> dict[str, ActivationQuantizer]:
+        """Layers and quantizers by node name."""
+        return {**self.layers, **self.quantizers}
+
+    @property
+    def quantizing(self) -> dict[str, ActivationQuantizer]:
+        """Those of ``parts`` that quantize what they read, and do not leave it float."""
+        return {name: part for name, part in self.parts.items() if part.activation_scale is not None}
 
     @property
     def device(self) -> torch.device:

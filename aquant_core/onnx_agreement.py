@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from onnx.utils import Extractor
 from torch import Tensor
 
 from aquant_core.a_rounding import a_rounded_columns
-from aquant_core.graph import INPUT, LAYERS, QUANTIZE, Node, evaluate_nodes
+from aquant_core.graph import INPUT, Node, evaluate_nodes
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
 from aquant_core.onnx_layers import CODES
@@ -74,20 +75,25 @@ def open_session(
 
 
 @torch.no_grad()
-def compare(model: QuantizedModel, exported: onnx.ModelProto, images: Tensor) -> Agreement:
+def compare(
+    model: QuantizedModel, exported: onnx.ModelProto, images: Tensor, tell: Callable[[int, int], None] | None = None
+) -> Agreement:
     """Runs both, on the CPU.
 
     Args:
         model: the network.
         exported: ``onnx_model(model)``, perhaps written and read again.
         images: (N, C, H, W).
+        tell: called with how many of the images are compared, and how many there are.
     """
     found = Agreement()
     plain, whole = (open_session(file, spinning=False) for file in (exported, _with_codes(model, exported)))
-    sources = {node.name: _source(model, node) for node in model.graph.nodes if _quantizer(model, node) is not None}
+    sources = {node.name: _source(model, node) for node in model.graph.nodes if node.name in model.quantizing}
     names = [name + CODES for name in sources]
     alone = open_session(_codes_alone(exported, sources), spinning=False) if names else None
     for batch in torch.split(images, _AT_ONCE):
+        if tell is not None:
+            tell(found.images, len(images))
         values, logits = _run(model, batch)
         feed = {sources[name]: x.numpy() for name, (x, _) in values.items()}
         given = [] if alone is None else alone.run(names, feed)
@@ -133,32 +139,21 @@ def codes_of(part: ActivationQuantizer, x: Tensor) -> Tensor:
 
 def _run(model: QuantizedModel, images: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Every quantized value of a run with its codes, and the logits."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    parts, found = model.quantizing, {}
 
     def run(node: Node, values: list[Tensor]) -> Tensor:
-        part = _quantizer(model, node)
-        if part is not None:
-            found[node.name] = values[0], codes_of(part, values[0])
+        if node.name in parts:
+            found[node.name] = values[0], codes_of(parts[node.name], values[0])
         return model.run_node(node, values)
 
     return found, evaluate_nodes(model.graph.nodes, {INPUT: images}, run)[model.graph.output]
-
-
-def _quantizer(model: QuantizedModel, node: Node) -> ActivationQuantizer | None:
-    """What quantizes at a node, if anything does."""
-    part: ActivationQuantizer | None = None
-    if node.op in LAYERS:
-        part = model.layers[node.name]
-    elif node.op == QUANTIZE:
-        part = model.quantizers[node.name]
-    return None if part is None or part.activation_scale is None else part
 
 
 def _source(model: QuantizedModel, node: Node) -> str:
     """The value that a layer or mark quantizes, by its name in the file: marks that leave it float have none."""
     by_name = {node.name: node for node in model.graph.nodes}
     source = node.inputs[0]
-    while source != INPUT and by_name[source].op == QUANTIZE and _quantizer(model, by_name[source]) is None:
+    while source in model.quantizers and source not in model.quantizing:
         source = by_name[source].inputs[0]
     return source
 
@@ -170,7 +165,7 @@ def _with_codes(model: QuantizedModel, exported: onnx.ModelProto) -> onnx.ModelP
     whole.graph.output.extend(
         onnx.helper.make_tensor_value_info(node.name + CODES, onnx.TensorProto.UINT8, None)
         for node in model.graph.nodes
-        if _quantizer(model, node) is not None
+        if node.name in model.quantizing
     )
     return whole
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cupy_kernels.specification import SCALE_OF_BOUND, BorderSpecification
-from cupy_kernels.thresholds import codes_of, derive, has_thresholds
+from cupy_kernels.thresholds import NoThresholdsError, codes_of, derive, numbers_at, places_of
 
 MOST_LEVELS, MOST_LEVELS_WITHOUT_BORDER = 7, 3
 """Beyond that comparing costs onnxruntime more than evaluating, by its CPU kernels' times (docs/performance.md)."""
@@ -49,9 +49,10 @@ def thresholds_of(border: np.ndarray | None, scale: np.float32, spec: BorderSpec
         return None
     coefficients = torch.zeros(2, 1, 1) if border is None else torch.from_numpy(border)
     of_t = replace(spec, zero_point=0, fused=False)  # codes of t itself: its step is 1, its zero-point 0
-    if not has_thresholds(coefficients, of_t):
+    try:
+        found = derive(coefficients, torch.tensor(1.0), of_t, torch.float32)[0]  # (Q, C)
+    except NoThresholdsError:
         return None
-    found = derive(coefficients, torch.tensor(1.0), of_t, torch.float32)[0]  # (Q, C)
     neighbours = _neighbours(found, coefficients, of_t)
     turns = _turns(found, neighbours, coefficients, of_t) if neighbours <= _MOST_NEIGHBOURS else None
     if turns is None:
@@ -90,11 +91,11 @@ def _turns(
     levels, channels = found.shape
     level = torch.arange(levels)[:, None]
     above = torch.empty(2 * neighbours + 1, levels, channels, dtype=torch.bool)
-    places = _place(found)
+    places = places_of(found)
     step = max(_AT_ONCE // found.numel(), 1)
     for start in range(0, len(above), step):
-        offsets = torch.arange(start, min(start + step, len(above)), dtype=torch.int32) - neighbours
-        t = _number(places + offsets[:, None, None])  # (offsets, Q, C)
+        offsets = torch.arange(start, min(start + step, len(above))) - neighbours
+        t = numbers_at(places + offsets[:, None, None], torch.float32)  # (offsets, Q, C)
         above[start : start + step] = codes_of(t[None], border, torch.tensor(1.0), spec)[0] > level
     if above[0].any() or not above[-1].all():
         return None
@@ -112,31 +113,19 @@ def _turns(
             if used[column] == len(early):
                 early.append((np.full(channels, np.inf, np.float32), np.full(channels, np.inf, np.float32)))
             for values, offset in zip(early[used[column]], (first, second), strict=True):
-                values[column] = _number(places[row, column] + offset).item()
+                values[column] = numbers_at(places[row, column] + offset, torch.float32).item()
             used[column] += 1
-    return _number(last).numpy(), early
+    return numbers_at(last, torch.float32).numpy(), early
 
 
 def _largest_below(t: np.ndarray, scale: np.float32, zero_point: int) -> np.ndarray:
     """The largest x whose fp32 x / s + z is at most t, by bisection over fp32's numbers in order."""
-    infinity = int(_place(torch.tensor(torch.inf)))
+    infinity = int(places_of(torch.tensor(torch.inf)))
     low = torch.full(t.shape, -infinity, dtype=torch.int64)
     high = -low
     target, step = torch.from_numpy(t), torch.tensor(scale)
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        below = _number(middle.to(torch.int32)) / step + zero_point <= target
+        below = numbers_at(middle, torch.float32) / step + zero_point <= target
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return np.where(np.isinf(t), t, _number(low.to(torch.int32)).numpy())
-
-
-def _place(numbers: Tensor) -> Tensor:
-    """The place of an fp32 number among all of them: int32, 0 for zero."""
-    bits = numbers.view(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def _number(places: Tensor) -> Tensor:
-    """The inverse of ``_place``."""
-    magnitude = places.abs().view(torch.float32)
-    return torch.where(places < 0, -magnitude, magnitude)
+    return np.where(np.isinf(t), t, numbers_at(low, torch.float32).numpy())

@@ -57,6 +57,7 @@ def plan(
     sketch = _sketch(ready)
     method = ready.schedules[config.method].method
     layers = [describe_layer(sketch, name) for name in sketch.layers]
+    on_cpu = ready.resources.device.type == "cpu"
     asked = (config.weight_bits, config.activation_bits)
     return {
         "format": PLAN_FORMAT,
@@ -67,6 +68,7 @@ def plan(
         "other_bits": [row["name"] for row in layers if (row["weight_bits"], row["activation_bits"]) != asked],
         "size": size_of(ready.captured, sketch),
         "forecast": ready.forecast,
+        "budget_bytes": ready.resources.memory_budget() if on_cpu else ready.resources.device_budget(),
         "evaluation": {"images": len(ready.evaluation), "batch_size": evaluation_batch_size(ready.evaluation.images)},
         "device": str(ready.resources.device),
         "method": config.method,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from aquant_core.errors import DeviceError
+
 _CLEAR_PEAK = "5"
 """Written to /proc/self/clear_refs, it resets the peak resident size (proc(5))."""
 
@@ -48,6 +50,26 @@ class Resources:
     def memory_budget(self) -> int:
         """Bytes of main memory, those that the process holds already included."""
         return self.memory_bytes if self.memory_bytes is not None else resident_bytes() + int(0.8 * available_bytes())
+
+
+def usable_device(device: str | int | torch.device) -> torch.device:
+    """A device by its name or, on CUDA, its number; one of CUDA is there.
+
+    Raises:
+        DeviceError: it is no device, or there are not as many of CUDA.
+    """
+    remedy = 'Choose "cpu", or "cuda" where there is a GPU.'
+    try:
+        found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    except RuntimeError as error:
+        raise DeviceError(f"{device!r} is no device.", remedy) from error
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        built = "" if torch.version.cuda else ", and this torch was built without CUDA"
+        raise DeviceError(
+            f"Device {str(found)!r} is not there: {count} CUDA devices are usable{built}.",
+            remedy + " A GPU needs the NVIDIA driver and a torch that was built for CUDA.",
+        )
+    return found
 
 
 def resident_bytes() -> int:

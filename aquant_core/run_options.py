@@ -1,14 +1,24 @@
-"""What a run is told on a command line: arguments of ``aquant quantize``, and of ``aquant submit`` for a service.
+"""What a run is told on a command line: options of ``aquant quantize``, and of ``aquant submit`` for a service.
 
 Imports nothing heavy: both are known to every call of ``aquant``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+
+from aquant_core.config import Method, PresetName
+from aquant_core.config_reading import read_configuration
+
+
+def _one_of(*words: str) -> Callable[[str], list[str]]:
+    """What a shell completes an option's value to."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
 
 Model = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="ONNX, or a state dict.")]
 Calibration = Annotated[
@@ -17,10 +27,49 @@ Calibration = Annotated[
 Evaluation = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="Labelled images to measure accuracy on.")
 ]
-LayerBits = Annotated[int | None, typer.Option(help="2 to 8, or 32 for float.")]
-MethodName = Annotated[str | None, typer.Option(help="aquant (default), or one of the README's others.")]
-PresetOption = Annotated[str | None, typer.Option(help="smoke, fast or paper.")]
+LayerBits = Annotated[int | None, typer.Option(help="2 to 8, or 32 for float; with --target the least (2).")]
+TargetDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--target",
+        metavar="POINTS",
+        min=0,
+        max=100,
+        help="Instead of bits: points of accuracy that may be lost; searches the smallest network that holds.",
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"aquant where unsaid; or {', '.join(name for name in get_args(Method) if name != 'aquant')}.",
+        autocompletion=_one_of(*get_args(Method)),
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help="fast where unsaid; or smoke, paper.", autocompletion=_one_of(*get_args(PresetName))),
+]
 Architecture = Annotated[str | None, typer.Option(help="Network that a state dict belongs to.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 ConfigSource = Annotated[str | None, typer.Option(help="JSON, or the path of a JSON file; other options go over it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def configured(given: str | None, *, target: float | None, dry_run: bool, **options: Any) -> dict[str, Any]:
+    """The configuration that a command line asks for.
+
+    Args:
+        given: ``--config``.
+        target: ``--target``, percentage points.
+        dry_run: ``--dry-run``.
+        options: others, by their keys in the configuration; they go over what is given where they are not None.
+
+    Raises:
+        typer.BadParameter: what is given is no JSON object, or names a key twice.
+    """
+    options["target"] = None if target is None else {"max_accuracy_drop": target}
+    options["dry_run"] = dry_run or None
+    try:
+        return read_configuration(given, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from error

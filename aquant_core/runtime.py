@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from aquant_core.graph import INPUT, LAYERS, OPERATORS, Node, evaluate_nodes
+from aquant_core.images import named_if_unfit
 from aquant_core.layers import ActivationQuantizer, QuantizedLayer
 from aquant_core.model import QuantizedModel
+from aquant_core.resources import usable_device
 from cupy_kernels.ops import integer_convolution, integer_route
 from cupy_kernels.packing import PackedLayer, pack
 
@@ -37,12 +39,13 @@ class IntegerModel:
     """
 
     def __init__(
-        self, model: QuantizedModel, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        self, model: QuantizedModel, device: str | int | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         """Packs the layers for ``device`` (by default the model's own).
 
         Raises:
             TypeError: no quantized network, such as ``load`` returns.
+            DeviceError: the device is not there.
             ValueError: another dtype than float16 and float32, a network that was cast from float32, or a layer whose
                 sums could pass the range of int32.
         """
@@ -51,7 +54,7 @@ class IntegerModel:
                 f"an IntegerModel is made of what aquant_core.load returns, not of a {type(model).__name__}"
             )
         first = next(iter(model.layers.values()))
-        self.device = torch.device(first.float_weight.device if device is None else device)
+        self.device = usable_device(first.float_weight.device if device is None else device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
@@ -69,6 +72,7 @@ class IntegerModel:
                 self.layers[name] = _packed(layer, self.device, self.dtype)
             except ValueError as error:
                 raise ValueError(f"Layer {name!r}: {error}.") from error
+        self._input_shape = model.graph.input_shape
         self._nodes = fused_nodes(model.graph.nodes, set(self.layers))
         self._constants = {
             name: {kind: tensor.to(self.device, self.dtype) for kind, tensor in tensors.items()}
@@ -80,14 +84,13 @@ class IntegerModel:
         """(N, C, H, W) images, anywhere and of any floating point type, to fp32 logits on ``device``.
 
         Raises:
-            ValueError: no such images.
+            ImageSetError: they are not what the network takes.
         """
-        if images.dim() != 4 or not images.is_floating_point():
-            raise ValueError(f"images must be floating point (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
-        x = images.to(self.device, self.dtype)
-        if self.device.type == "cuda":
-            x = x.contiguous(memory_format=torch.channels_last)
-        return evaluate_nodes(self._nodes, {INPUT: x}, self._run)[self._nodes[-1].name].float()
+        with named_if_unfit(self._input_shape, images):
+            x = images.to(self.device, self.dtype)
+            if self.device.type == "cuda":
+                x = x.contiguous(memory_format=torch.channels_last)
+            return evaluate_nodes(self._nodes, {INPUT: x}, self._run)[self._nodes[-1].name].float()
 
     def _run(self, node: Node, values: list[Tensor]) -> Tensor:
         if node.op == _INTEGER_LAYER:

@@ -21,36 +21,32 @@ import os
 import platform
 import random
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import psutil
+from chaos_faults import DISK, FAULTS
+from chaos_watch import Watch
 from record import RESULTS, command, commit, write
-from sqlalchemy import make_url, select, text
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
+from sqlalchemy import make_url, select
 from supervised import Part, SupervisedStack, supervised
 
 from service.artifacts import job_prefix, open_artifacts
 from service.client import Client, ServiceProblemError, ServiceUnreachableError
-from service.jobs.database import open_database
+from service.jobs.database import session_on
 from service.jobs.records import JobRecord
-from service.jobs.repository import now
-from service.jobs.states import FINISHED, HELD, JobState
+from service.jobs.states import JobState
 from service.local import worker_command
 from service.settings import GIB, Settings
 
@@ -59,11 +55,7 @@ CONFIG = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke", "iterations
 LEASE = 3.0
 LEASES = {"faults": (LEASE, 1.0), "crowd": (30.0, 0.5), "drain": (30.0, 0.5)}
 """By part: seconds that a lease lasts, and after which it is renewed."""
-DISK = "AQUANT_CHAOS_DISK"
-"""Set where this process has a small disk of its own."""
 DISK_BYTES = 768 << 20
-OUTAGE_SECONDS = 2.0
-"""How long the disk is full and the database locked."""
 
 
 def main() -> None:
@@ -189,137 +181,6 @@ def faults(data: Path, options: argparse.Namespace) -> dict[str, Any]:
         return verdict(stack, watch, jobs, wanted) | {"faults": dict(happened)}
 
 
-def kill(part: Part, how: signal.Signals) -> bool:
-    """A signal to the part's own process."""
-    family = part.family()
-    with suppress(psutil.NoSuchProcess):
-        if family:
-            family[0].send_signal(how)
-            return True
-    return False
-
-
-def kill_descendant(stack: SupervisedStack, draw: random.Random) -> bool:
-    """A worker's child or what it has started: the job itself, or the check of its uploads."""
-    below = [process for worker in stack.workers for process in worker.family()[1:]]
-    with suppress(psutil.NoSuchProcess):
-        if below:
-            draw.choice(below).kill()
-            return True
-    return False
-
-
-def cut_database(stack: SupervisedStack) -> bool:
-    """PostgreSQL: every connection ended. SQLite: locked against all others for a while."""
-    engine = open_database(stack.settings)
-    try:
-        with engine.connect() as connection:
-            if engine.dialect.name == "postgresql":
-                others = "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
-                connection.execute(text(others))
-            else:
-                connection.execute(text("begin exclusive"))
-                time.sleep(OUTAGE_SECONDS)
-        return True
-    except SQLAlchemyError:
-        return False
-    finally:
-        engine.dispose()
-
-
-def fill_disk() -> bool:
-    """No byte is left for a while."""
-    filler = Path(os.environ[DISK]) / "filler"
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 20))
-    with suppress(OSError), filler.open("ab", buffering=0) as file:
-        while True:
-            file.write(b"0")
-    time.sleep(OUTAGE_SECONDS)
-    filler.unlink()
-    return True
-
-
-FAULTS: dict[str, Callable[[SupervisedStack, random.Random], bool]] = {
-    "worker killed": lambda stack, draw: kill(draw.choice(stack.workers), signal.SIGKILL),
-    "worker's child killed": kill_descendant,
-    "API killed": lambda stack, _: kill(stack.parts["api"], signal.SIGKILL),
-    "broker killed": lambda stack, _: kill(stack.parts["broker"], signal.SIGKILL),
-    "broker restarted": lambda stack, _: kill(stack.parts["broker"], signal.SIGTERM),
-    "worker told to stop": lambda stack, draw: kill(draw.choice(stack.workers), signal.SIGTERM),
-    "database cut": lambda stack, _: cut_database(stack),
-    **({"disk full": lambda *_: fill_disk()} if DISK in os.environ else {}),
-}
-
-
-ENDED = JobRecord.state.in_(FINISHED)
-
-
-class Watch:
-    """Reads the job rows all the time: how long nobody renewed a lease, or nobody took a queued job; and whether a job
-    that had ended changed again.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.unfinished: set[str] = set()
-        self.ended: dict[str, tuple[Any, ...]] = {}
-        self.changed_after_end: list[str] = []
-        self.longest_silence = self.longest_idle = 0.0
-        self._engine = open_database(settings)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch")
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._engine.dispose()
-
-    def until_all_ended(self, seconds: float) -> None:
-        """Waits, but no longer than ``seconds``: what has not ended by then is stuck."""
-        deadline = time.monotonic() + seconds
-        while self.unfinished and time.monotonic() < deadline:
-            time.sleep(0.2)
-
-    def _run(self) -> None:
-        idle_since: float | None = None
-        for number in itertools.count():
-            last = self._done.wait(0.25)
-            # Those that have ended less often: they may be many.
-            chosen = select(JobRecord) if number % 20 == 0 or last else select(JobRecord).where(~ENDED)
-            try:
-                with Session(self._engine) as session:
-                    rows = list(session.scalars(chosen))
-            except SQLAlchemyError:  # the database is a victim, too
-                continue
-            at = now()
-            for row in rows:
-                self._look_at(row)
-                if row.state in HELD and row.lease_expires_at is not None:
-                    silence = (at - row.lease_expires_at).total_seconds() + LEASE
-                    self.longest_silence = max(self.longest_silence, silence)
-            if last:
-                return
-            states = Counter(row.state for row in rows)
-            idle = states[JobState.QUEUED] > 0 and not any(states[state] for state in HELD)
-            idle_since = (idle_since or time.monotonic()) if idle else None
-            if idle_since is not None:
-                self.longest_idle = max(self.longest_idle, time.monotonic() - idle_since)
-
-    def _look_at(self, row: JobRecord) -> None:
-        if row.state not in FINISHED and row.id not in self.ended:
-            self.unfinished.add(row.id)
-            return
-        seen = (row.state, row.attempt, row.finished_at, *sorted((file.name, file.sha256) for file in row.artifacts))
-        if self.ended.setdefault(row.id, seen) != seen and row.id not in self.changed_after_end:
-            self.changed_after_end.append(row.id)
-        self.unfinished.discard(row.id)
-
-
 def submit(stack: SupervisedStack, calibration: Path) -> str:
     """The id of a job that the API has accepted; asks again while there is no API."""
     while True:
@@ -334,8 +195,7 @@ def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -
     """What went wrong, job by job, and how long things took."""
     wrong = [f"{job} ended and changed again" for job in watch.changed_after_end]
     artifacts, attempts = open_artifacts(stack.settings.artifacts), []
-    engine = open_database(stack.settings)
-    with closing(Session(engine)) as session:
+    with session_on(stack.settings) as session:
         rows = {row.id: row for row in session.scalars(select(JobRecord))}
         wrong += [f"{job} was accepted and is lost" for job in sorted(jobs - rows.keys())]
         for job, row in rows.items():
@@ -349,7 +209,6 @@ def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -
             results = {name for name in kept if name.startswith("attempt-")}
             if row.state == JobState.SUCCEEDED and results != {f"attempt-{row.attempt}"}:
                 wrong.append(f"{job} has results of {sorted(results)}, it ended in attempt {row.attempt}")
-    engine.dispose()
     for what, longest in (("lease", watch.longest_silence), ("queue", watch.longest_idle)):
         if longest > 3 * LEASE:
             wrong.append(f"the {what} was left alone for {longest:.1f} s, more than three leases")
@@ -487,12 +346,10 @@ def drain(data: Path, options: argparse.Namespace) -> dict[str, Any]:
             stack.parts[name] = Part(name, worker_command(f"drain-{number}"), log, environment)
         with Watch(stack.settings) as watch:
             watch.unfinished |= set(jobs)
-            watch.until_all_ended(10.0 * options.jobs)
+            watch.until_all_ended(120 + 10 * options.jobs)  # the first job waits for the workers to start
         seconds = time.monotonic() - started
-        engine = open_database(stack.settings)
-        with closing(Session(engine)) as session:
+        with session_on(stack.settings) as session:
             rows = {row.id: row for row in session.scalars(select(JobRecord))}
-        engine.dispose()
     began = sorted(jobs, key=lambda job: str(rows[job].started_at))
     displaced = [abs(place - jobs.index(job)) for place, job in enumerate(began)]
     wrong = [f"{job} is {rows[job].state}: {rows[job].error}" for job in jobs if rows[job].state != JobState.SUCCEEDED]

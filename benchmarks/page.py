@@ -58,8 +58,7 @@ def put_in_jobs(settings: Settings) -> str:
     """Fill the list; the id of one that runs, for a worker that does not exist."""
     migrate(settings)
     engine = open_database(settings)
-    artifacts = open_artifacts(settings.artifacts)
-    jobs = PageJobs(sessionmaker(engine, expire_on_commit=False), artifacts, settings.data_dir)
+    jobs = PageJobs(sessionmaker(engine, expire_on_commit=False), open_artifacts(settings.artifacts))
     for _ in range(JOBS - 1):
         jobs.failed("An operator that cannot be captured.")
     running = jobs.running()

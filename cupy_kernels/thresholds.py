@@ -24,22 +24,16 @@ NEAREST_TO_ZERO = 1 / 256
 that fp32's t - B does not tell apart.
 """
 
-
 NEIGHBOURS = 16
 """Values on either side of a threshold whose codes are checked; rounding reaches no further (fp16)."""
 
 
+_INTEGERS = {torch.float16: torch.int16, torch.float32: torch.int32}
+"""Whose bits order the numbers above zero as their values do."""
+
+
 class NoThresholdsError(ValueError):
     """No thresholds stand for a border: it is to be evaluated. The message says why, and for which position."""
-
-
-def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
-    """Whether ``check_thresholds`` finds nothing."""
-    try:
-        check_thresholds(border, spec)
-    except NoThresholdsError:
-        return False
-    return True
 
 
 def check_thresholds(border: Tensor, spec: BorderSpecification) -> None:
@@ -108,40 +102,39 @@ def derive(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torc
 
 def search(border: Tensor, scale: Tensor, spec: BorderSpecification, dtype: torch.dtype) -> Tensor:
     """``derive`` without its checks: what comes out tells codes only where they rise with x."""
-    integers = _integers(dtype)
-    infinity = torch.tensor(torch.inf, dtype=dtype, device=border.device).view(integers).to(torch.int64)
+    infinity = places_of(torch.tensor(torch.inf, dtype=dtype, device=border.device))
     _, channels, positions = border.shape
     level = _levels(spec, border.device)  # (Q, 1)
-    # Signed distances from 0 in units in the last place: low has a code of at most the level, high a greater one.
+    # Places: low has a code of at most the level, high a greater one.
     low = (-infinity).expand(positions, spec.levels, channels).clone()
     high = -low
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        above = codes_of(_values(middle, dtype), border, scale, spec) > level
+        above = codes_of(numbers_at(middle, dtype), border, scale, spec) > level
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return _values(low, dtype)
+    return numbers_at(low, dtype)
 
 
 def _levels(spec: BorderSpecification, device: torch.device) -> Tensor:
     return torch.arange(spec.levels, device=device)[:, None]
 
 
-def _integers(dtype: torch.dtype) -> torch.dtype:
-    return torch.int16 if dtype == torch.float16 else torch.int32
-
-
 def _neighbours(thresholds: Tensor) -> Tensor:
     """(K, Q, 2 n + 1, C): each of (K, Q, C) finite or infinite values between its ``NEIGHBOURS``."""
-    dtype, integers = thresholds.dtype, _integers(thresholds.dtype)
-    distances = thresholds.abs().view(integers).to(torch.int64) * torch.where(thresholds < 0, -1, 1)
-    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(integers))
+    infinity = int(places_of(torch.tensor(torch.inf, dtype=thresholds.dtype)))
     steps = torch.arange(-NEIGHBOURS, NEIGHBOURS + 1, device=thresholds.device)[:, None]  # (2 n + 1, 1)
-    return _values((distances[:, :, None] + steps).clamp(-infinity, infinity), dtype)
+    places = (places_of(thresholds)[:, :, None] + steps).clamp(-infinity, infinity)
+    return numbers_at(places, thresholds.dtype)
 
 
-def _values(distances: Tensor, dtype: torch.dtype) -> Tensor:
-    """The floating point numbers at signed distances from 0 in units in the last place."""
-    return torch.where(distances < 0, -1.0, 1.0).to(dtype) * distances.abs().to(_integers(dtype)).view(dtype)
+def places_of(numbers: Tensor) -> Tensor:
+    """The places of fp16 or fp32 numbers among all of their kind, by size: int64, 0 for zero, negative below it."""
+    return numbers.abs().view(_INTEGERS[numbers.dtype]).to(torch.int64) * torch.where(numbers < 0, -1, 1)
+
+
+def numbers_at(places: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``places_of``."""
+    return torch.where(places < 0, -1.0, 1.0).to(dtype) * places.abs().to(_INTEGERS[dtype]).view(dtype)
 
 
 def codes_of(x: Tensor, border: Tensor, scale: Tensor, spec: BorderSpecification) -> Tensor:

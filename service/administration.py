@@ -46,12 +46,13 @@ def create(
     expires_in: Annotated[int | None, typer.Option(min=1, metavar="DAYS", help="Days it is good for.")] = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="For GET /metrics, and nothing else.")] = False,
     adopt: Annotated[
-        bool, typer.Option("--adopt", help="The owner gets the jobs that nobody has; unused uploads stay nobody's.")
+        bool, typer.Option("--adopt", help="The owner gets the jobs and uploads that nobody has.")
     ] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Make a key and print it, once: it is not kept. With the first, the service asks everybody for one."""
     with _database(data_dir) as (session, _):
+        from service.jobs import uploads
         from service.jobs.keys import KeyRepository
         from service.jobs.owners import OwnerRepository
         from service.jobs.repository import now
@@ -60,7 +61,7 @@ def create(
         repository = KeyRepository(session)
         first = not repository.any()
         key, token = repository.create(name, owner, "metrics" if metrics else "jobs", expires_at)
-        adopted = OwnerRepository(session).adopt(owner) if adopt else 0
+        jobs, files = (OwnerRepository(session).adopt(owner), uploads.adopt(session, owner)) if adopt else (0, 0)
         where = session.get_bind().engine.url.render_as_string()
     typer.echo(f"Key {key.id} ({name}) of {owner}; this is the only time it is shown:", err=True)
     typer.echo(token)
@@ -70,7 +71,7 @@ def create(
             err=True,
         )
     if adopt:
-        typer.echo(f"{owner} now has the {adopted} jobs that nobody had.", err=True)
+        typer.echo(f"{owner} now has the {jobs} jobs and {files} uploads that nobody had.", err=True)
 
 
 @keys.command("list")
@@ -152,25 +153,19 @@ def _database(data_dir: Path | None) -> Iterator[tuple[Session, Settings]]:
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
     try:
-        from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, open_database
+        from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, session_on
     except ImportError as error:
         typer.echo(
             f"This needs the server's extra ({error.name} not found): pip install 'aquant-service[server]'.", err=True
         )
         raise typer.Exit(1) from error
-    from sqlalchemy.orm import Session
-
     try:
         migrate(settings)
     except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    engine = open_database(settings)
-    try:
-        with Session(engine, expire_on_commit=False) as session, session.begin():
-            yield session, settings
-    finally:
-        engine.dispose()
+    with session_on(settings) as session, session.begin():
+        yield session, settings
 
 
 def _document(key: KeyRecord) -> dict[str, str | None]:

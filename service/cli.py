@@ -6,7 +6,9 @@ import sys
 from importlib.metadata import entry_points
 
 import typer
+from pydantic import ValidationError
 
+from aquant_core.config_reading import faults_of
 from service.administration import keys, owners
 from service.commands import jobs, results, stack
 from service.commands.exit_codes import ExitCode
@@ -37,9 +39,13 @@ app.add_typer(owners)
 
 def main() -> None:
     """Run the command line; errors meant for the user are printed without a traceback."""
-    from pydantic import ValidationError
-
-    from service.client import DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError
+    from service.client import (
+        AddressMalformedError,
+        DigestMismatchError,
+        KeyMalformedError,
+        ServiceProblemError,
+        ServiceUnreachableError,
+    )
 
     for entry in entry_points(group=COMMAND_GROUP):
         try:
@@ -48,13 +54,22 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
+    except AddressMalformedError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(ExitCode.USAGE)
     except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.FAILED)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        typer.echo(f"The configuration is not valid: {'; '.join(faults)}.", err=True)
+        typer.echo(f"The configuration is not valid: {faults_of(error)}. {_remedy(error)}", err=True)
         sys.exit(ExitCode.USAGE)
+
+
+def _remedy(error: ValidationError) -> str:
+    """What to do about a configuration that is not valid."""
+    if any(fault["type"] == "missing" and str(fault["loc"][-1]).endswith("_bits") for fault in error.errors()):
+        return "Give --weight-bits and --activation-bits, or --target."
+    return "Change what is named; the README has every key, --help the options."
 
 
 def _add_missing(name: str, module: str) -> None:

@@ -15,16 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 
 from service.addresses import is_loopback
 from service.local_workers import TooFewGpusError, environments
 from service.settings import Settings
-
-if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
 
 READY_SECONDS = 90.0
 STOP_SECONDS = 10.0
@@ -184,34 +180,20 @@ def require_extras() -> None:
 def _require_keys(settings: Settings) -> None:
     if settings.open or is_loopback(settings.host):
         return
-    from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate
+    from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, session_on
     from service.jobs.keys import KeyRepository
 
     try:
         migrate(settings)
     except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
         raise StackError(str(error)) from error
-    with _session(settings) as session:
+    with session_on(settings) as session:
         if KeyRepository(session).any():
             return
     raise OpenToStrangersError(
         f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
         "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
     )
-
-
-@contextmanager
-def _session(settings: Settings) -> Iterator[Session]:
-    from sqlalchemy.orm import Session
-
-    from service.jobs.database import open_database
-
-    engine = open_database(settings)
-    try:
-        with Session(engine) as session:
-            yield session
-    finally:
-        engine.dispose()
 
 
 def _require_free(host: str, port: int) -> None:
@@ -349,8 +331,9 @@ def _is_ready(url: str, settings: Settings, worker_pids: set[int]) -> bool:
             return False
     except httpx.TransportError:
         return False
+    from service.jobs.database import session_on
     from service.jobs.repository import JobRepository, now
 
-    with _session(settings) as session:  # the API tells names only to who has a key
+    with session_on(settings) as session:  # the API tells names only to who has a key
         workers = JobRepository(session).workers()
     return worker_pids <= {int(worker.name.rpartition(":")[2]) for worker in workers if worker.alive(now())}

@@ -72,6 +72,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("aquant-service"),
         description="Post-training quantization of CNNs to 2-8 bits with an adaptive rounding border.",
         lifespan=lifespan,
+        # FastAPI's own load their scripts from elsewhere; /docs is one of our pages.
+        docs_url=None,
+        redoc_url=None,
         # FastAPI's own; of its metrics and logs /metrics and the log lines have more.
         telemetry={
             "tracer_provider": tracing,

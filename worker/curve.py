@@ -15,6 +15,7 @@ MOST = 64
 class RunningCurve:
     """Means of equally many readings of a block's loss, each at the last one's iteration; begins anew with a block.
 
+    Iterations are counted from 0, as in a report's curves, and not from 1 as in Progress.
     The working thread adds, the lease's thread reads.
     """
 
@@ -35,7 +36,7 @@ class RunningCurve:
                 return
             self._sum, self._count = self._sum + progress.loss, self._count + 1
             if self._count == self._width:
-                self._points.append((progress.iteration, self._sum / self._width))
+                self._points.append((progress.iteration - 1, self._sum / self._width))
                 self._sum, self._count = 0.0, 0
             if len(self._points) == MOST:
                 pairs = zip(self._points[::2], self._points[1::2], strict=True)

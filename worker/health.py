@@ -8,9 +8,8 @@ from __future__ import annotations
 import socket
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
-from service.jobs.database import open_database
+from service.jobs.database import session_on
 from service.jobs.records import ALIVE_SECONDS
 from service.jobs.repository import JobRepository, now
 from service.settings import Settings
@@ -19,12 +18,8 @@ from service.settings import Settings
 def check(settings: Settings, host: str) -> tuple[bool, str]:
     """Whether a worker of this host is alive, and why one would say so."""
     try:
-        engine = open_database(settings)
-        try:
-            with Session(engine) as session:
-                workers = JobRepository(session).workers()
-        finally:
-            engine.dispose()
+        with session_on(settings) as session:
+            workers = JobRepository(session).workers()
     except (SQLAlchemyError, OSError) as error:
         return False, f"the database cannot be asked: {type(error).__name__}"
     at = now()

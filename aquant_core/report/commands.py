@@ -9,7 +9,8 @@ from typing import Any
 
 from aquant_core.config import QuantizationConfig
 
-_URL = "http://127.0.0.1:8000/jobs"
+_URL = '"${AQUANT_URL:-http://127.0.0.1:8000}/jobs"'
+"""For a shell: the service that ``aquant`` asks, which a report cannot know."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def repeat(config: QuantizationConfig, sources: Sources) -> dict[str, str]:
     fields = [part for name, value in form.items() for part in ("-F", f"{name}={value}")]
     return {
         "command": shlex.join([*command, "--config", given]),
-        "curl": shlex.join(["curl", *fields, _URL]),
+        "curl": f"{shlex.join(['curl', *fields])} {_URL}",
     }
 
 

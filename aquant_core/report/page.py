@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: from its JSON alone, so that old reports are shown, too.
+"""The report, or a dry run's plan, as one self-contained HTML page: from its JSON alone, so old ones are shown, too.
 
 It stands in the core and not in the service because a run without a service ends in the same page; it needs Jinja2
 and no torch, and the service may import it.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from aquant_core.report import plots
+from aquant_core.report.commands import Sources, repeat
 from aquant_core.report.formats import FILTERS
+from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, SqnrRow
 from aquant_core.report.schema import Accuracy, Difference, Fidelity, Layer, Report, Value
 
@@ -37,19 +39,43 @@ NAMES = {
 def render(report: Mapping[str, Any]) -> str:
     """The page of a report, which is the JSON document of a finished run of this version or an older one.
 
+    That of a dry run is a plan, and has a page of its own.
+
     Raises:
         pydantic.ValidationError: it is not such a document.
     """
+    if report.get("dry_run"):
+        return _render_plan(Plan.model_validate(report))
     document = Report.model_validate(report)
-    return _template().render(
+    methods = _methods(document)
+    return _page(
+        "report.html",
         report=document,
-        style=_text("report.css"),
-        script=_text("report.js"),
-        policy=content_policy(),
-        methods=_methods(document),
-        figures=_figures(document),
+        methods=methods,
+        figures=_figures(document, methods),
         distributions=_distributions(document),
     )
+
+
+def _render_plan(plan: Plan) -> str:
+    cautions = list(plan.warnings)
+    if plan.fits is False:
+        cautions.append("The forecast is beyond the memory that a run may take: it is likely to be stopped for it.")
+    spilled = sum(block.placement == "disk" for block in plan.blocks)
+    if spilled:
+        cautions.append(f"What {spilled} blocks are learned from goes to disk, for want of memory, which is slow.")
+    return _page(
+        "plan.html",
+        plan=plan,
+        methods=[_name(method) for method in dict.fromkeys((plan.method, *plan.config.compare))],
+        cautions=cautions,
+        start=repeat(plan.config.model_copy(update={"dry_run": False}), Sources()),
+    )
+
+
+def _page(template: str, **values: Any) -> str:
+    look = {"style": _text("report.css"), "script": _text("report.js"), "policy": content_policy()}
+    return _environment().get_template(template).render(**look, **values)
 
 
 @cache
@@ -69,10 +95,16 @@ def _text(name: str) -> str:
 
 
 @cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= FILTERS | {"method": _name}
-    return environment.from_string(_text("report.html"))
+    return environment
 
 
 def _name(method: str) -> str:
@@ -101,19 +133,20 @@ def _methods(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _figures(report: Report) -> dict[str, Any]:
+def _figures(report: Report, methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The plots that stand once on the page, the loss curves, and which layer is shown first."""
     gains = [Bar(_name(each.baseline), each.top1, each.interval) for each in _of_the_chosen(report)]
     sqnr = [SqnrRow(each.name, each.sqnr_db) for each in report.layers if each.sqnr_db is not None]
     rows = [row for row in sqnr if row.marks()]
     curves = [
-        (block, plots.loss_plot(block.loss, block.name, f"loss-{index}")) for index, block in enumerate(report.blocks)
+        (block, plots.loss_plot(block.loss, block.iterations, block.name, f"loss-{index}"))
+        for index, block in enumerate(report.blocks)
     ]
     raised = [] if report.sensitivity is None else report.sensitivity.layers
     hurt = [Bar(each.layer, each.gain, each.interval) for each in raised]
     title = f"{_name(report.method)} less each of the others"
     return {
-        "accuracy": _accuracy_bars(report),
+        "accuracy": _accuracy_bars(report, methods),
         "differences": plots.difference_plot(gains, title, "differences") if gains else None,
         "sqnr": plots.sqnr_plot(rows, "sqnr") if rows else None,
         "losses": [(block, curve) for block, curve in curves if curve is not None],
@@ -126,10 +159,10 @@ def _of_the_chosen(report: Report) -> list[Difference]:
     return [each for each in report.differences if each.method == report.method]
 
 
-def _accuracy_bars(report: Report) -> Markup:
+def _accuracy_bars(report: Report, methods: Sequence[Mapping[str, Any]]) -> Markup:
     """Top-1, or without labels the share of decisions that are the float network's."""
     bars = []
-    for row in _methods(report):
+    for row in methods:
         kind = "chosen" if row["chosen"] else ""
         if row["accuracy"] is not None:
             bars.append(Bar(_name(row["method"]), row["accuracy"].top1, row["accuracy"].interval, kind))

@@ -57,6 +57,10 @@ class Plan(BaseModel):
     ]
     size: Annotated[Size, Field(description="As the checkpoint's will be.")]
     forecast: Annotated[dict[str, Any] | None, Field(description="As in a job's progress; null if nothing is learned.")]
+    budget_bytes: Annotated[
+        int | None,
+        Field(description="Memory that a run may take where the plan was made: the device's, on a CPU the process's."),
+    ] = None
     evaluation: Evaluation
     device: str
     method: Method
@@ -69,3 +73,10 @@ class Plan(BaseModel):
     digests: dict[str, str]
     warnings: list[str]
     seconds: Annotated[float, Field(description="That the plan took.")]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the forecast is within the budget; None where nothing is learned, or an older plan has none."""
+        if self.forecast is None or self.budget_bytes is None:
+            return None
+        return bool(self.forecast["peak_bytes"] <= self.budget_bytes)

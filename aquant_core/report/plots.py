@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -12,16 +12,26 @@ from markupsafe import Markup
 from aquant_core.report.formats import NO_NOISE, number, percent, points, signed
 from aquant_core.report.schema import Distribution, LayerSqnr, LossCurve
 
-LABELS = 168
-"""Width of the column of names on the left of a plot with a row for each."""
-
 _REM = 16.0
 """Units of a plot's coordinates in one rem, so that a plot grows with the reader's text."""
 
-_HALF, _FULL = 552.0, 656.0
-"""Widths: two of the first fit beside each other on a wide page."""
-
 _ROW = 22.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How wide a plot with a row for each is, its column of names on the left, and how many letters fit there."""
+
+    width: float
+    labels: float
+    letters: int
+
+
+_FULL = Shape(656, 168, 28)
+_HALF = Shape(552, 168, 28)
+"""Two of these fit beside each other on a wide page."""
+_SLIM = Shape(336, 122, 16)
+"""For a telephone, on which letters would be too small if the others were scaled down."""
 
 
 class Svg:
@@ -107,19 +117,24 @@ class Bar:
 
 def accuracy_bars(bars: Sequence[Bar], what: str, key: str) -> Markup:
     """Fractions from 0 to 100 %, each with its 95 % interval."""
-    width, right, top = _HALF, _HALF - 64, 8.0
+    return _for_both(lambda shape, key: _accuracy_bars(bars, what, key, shape), _HALF, key)
+
+
+def _accuracy_bars(bars: Sequence[Bar], what: str, key: str, shape: Shape) -> Markup:
+    left, right, top = shape.labels, shape.width - 64, 8.0
     bottom = top + _ROW * len(bars)
     told = "; ".join(f"{bar.name} {percent(bar.value)} ({percent(bar.low)} to {percent(bar.high)})" for bar in bars)
-    svg = Svg(width, bottom + 24, key, what, f"{told}.")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = LABELS + (right - LABELS) * share
+    svg = Svg(shape.width, bottom + 24, key, what, f"{told}.")
+    quarters = range(0, 5, 1 if right - left > 200 else 2)
+    for share in (quarter / 4 for quarter in quarters):
+        x = left + (right - left) * share
         svg.line(x, top, x, bottom, "grid")
         svg.text(x, bottom + 17, percent(share, 0), "tick", "middle")
     for index, bar in enumerate(bars):
         y = top + _ROW * (index + 0.5)
-        low, value, high = (LABELS + (right - LABELS) * share for share in (bar.low, bar.value, bar.high))
-        svg.text(LABELS - 10, y + 4, shortened(bar.name), "name", "end")
-        svg.box(LABELS, y - 7, value - LABELS, 14, f"bar {bar.kind}")
+        low, value, high = (left + (right - left) * share for share in (bar.low, bar.value, bar.high))
+        svg.text(left - 10, y + 4, shortened(bar.name, shape.letters), "name", "end")
+        svg.box(left, y - 7, value - left, 14, f"bar {bar.kind}")
         _whisker(svg, low, high, y)
         svg.text(right + 10, y + 4, percent(bar.value), "value")
     return svg.finish()
@@ -127,18 +142,23 @@ def accuracy_bars(bars: Sequence[Bar], what: str, key: str) -> Markup:
 
 def difference_plot(bars: Sequence[Bar], what: str, key: str) -> Markup:
     """Differences in percentage points around 0, each with its 95 % interval."""
-    width, right, top = _HALF, _HALF - 64, 8.0
+    return _for_both(lambda shape, key: _difference_plot(bars, what, key, shape), _HALF, key)
+
+
+def _difference_plot(bars: Sequence[Bar], what: str, key: str, shape: Shape) -> Markup:
+    left, right, top = shape.labels, shape.width - 64, 8.0
     bottom = top + _ROW * len(bars)
     told = "; ".join(f"{bar.name} {points(bar.value)} ({points(bar.low)} to {points(bar.high)})" for bar in bars)
-    svg = Svg(width, bottom + 24, key, what, f"In percentage points: {told}.")
-    ticks = _ticks(100 * min(0.0, *(bar.low for bar in bars)), 100 * max(0.0, *(bar.high for bar in bars)), 6)
-    scale = _Scale(ticks[0], ticks[-1], LABELS, right)
+    svg = Svg(shape.width, bottom + 24, key, what, f"In percentage points: {told}.")
+    lowest, highest = min(0.0, *(bar.low for bar in bars)), max(0.0, *(bar.high for bar in bars))
+    ticks = _ticks(100 * lowest, 100 * highest, _ticks_between(left, right))
+    scale = _Scale(ticks[0], ticks[-1], left, right)
     for tick in ticks:
         svg.line(scale(tick), top, scale(tick), bottom, "axis" if tick == 0 else "grid")
         svg.text(scale(tick), bottom + 17, signed(tick, "+g") if tick else "0", "tick", "middle")
     for index, bar in enumerate(bars):
         y = top + _ROW * (index + 0.5)
-        svg.text(LABELS - 10, y + 4, shortened(bar.name), "name", "end")
+        svg.text(left - 10, y + 4, shortened(bar.name, shape.letters), "name", "end")
         _whisker(svg, scale(100 * bar.low), scale(100 * bar.high), y)
         svg.dot(scale(100 * bar.value), y, "first")
         svg.text(right + 10, y + 4, points(bar.value), "value")
@@ -164,16 +184,20 @@ class SqnrRow:
 
 def sqnr_plot(rows: Sequence[SqnrRow], key: str) -> Markup:
     """A row of three marks for each layer, in the network's order."""
-    width, left, right, top = _FULL, float(LABELS), _FULL - 20, 34.0
+    return _for_both(lambda shape, key: _sqnr_plot(rows, key, shape), _FULL, key)
+
+
+def _sqnr_plot(rows: Sequence[SqnrRow], key: str, shape: Shape) -> Markup:
+    left, right, top = shape.labels, shape.width - 20, 34.0
     row = 18.0
     bottom = top + row * len(rows)
     values = [value for each in rows for _, value in each.marks()]
     lowest = min(rows, key=SqnrRow.badness)
     told = f"Lowest at the output: {lowest.name}, {lowest.sqnr.output} dB. The table below has every number."
-    svg = Svg(width, bottom + 40, key, "SQNR of each layer", told)
-    ticks = _ticks(min(0.0, *values), max(10.0, *values), 7)
+    svg = Svg(shape.width, bottom + 40, key, "SQNR of each layer", told)
+    ticks = _ticks(min(0.0, *values), max(10.0, *values), _ticks_between(left, right))
     scale = _Scale(ticks[0], ticks[-1], left, right)
-    place = left
+    place = min(left, right - 260)
     for kind, words in (("first", "output"), ("second", "weight"), ("third", "input")):
         svg.dot(place + 5, 12, kind)
         svg.text(place + 16, 16, words, "legend")
@@ -184,39 +208,47 @@ def sqnr_plot(rows: Sequence[SqnrRow], key: str) -> Markup:
     svg.text((left + right) / 2, bottom + 34, "dB", "tick", "middle")
     for index, each in enumerate(rows):
         y = top + row * (index + 0.5)
-        svg.text(left - 10, y + 4, shortened(each.name), "name", "end")
+        svg.text(left - 10, y + 4, shortened(each.name, shape.letters), "name", "end")
         svg.line(left, y, right, y, "faint")
         for kind, value in each.marks():
             svg.dot(scale(value), y, kind)
     return svg.finish()
 
 
-def loss_plot(curve: LossCurve, name: str, key: str) -> Markup | None:
-    """One block's loss over the iterations, on a logarithmic scale; None where there is no curve to draw."""
+def loss_plot(curve: LossCurve, iterations: int, name: str, key: str) -> Markup | None:
+    """One block's loss over all its iterations, of which the curve may have the first alone, on a logarithmic scale.
+
+    None where there is no curve to draw.
+    """
     readings = [(i, v) for i, v in zip(curve.iterations, curve.values, strict=True) if v is not None and v > 0]
     if len(readings) < 2:
         return None
     width, height, left, right, top = 224.0, 132.0, 52.0, 216.0, 8.0
     bottom = height - 22
     values = [value for _, value in readings]
-    told = f"From {values[0]:.3g} to {values[-1]:.3g} in {readings[-1][0] + 1:,} iterations; lowest {min(values):.3g}."
+    told = (
+        f"From {values[0]:.3g} to {values[-1]:.3g} in {readings[-1][0] + 1:,} of {iterations:,} iterations; "
+        f"lowest {min(values):.3g}."
+    )
     svg = Svg(width, height, key, f"Loss of block {name}", told)
     low, high = math.log10(min(values)), math.log10(max(values))
-    across = _Scale(readings[0][0], readings[-1][0], left, right)
+    across = _Scale(0, max(iterations - 1, readings[-1][0]), left, right)
     up = _Scale(low, high if high > low else low + 1, bottom - 4, top + 4)
     for value in sorted({min(values), max(values)}):
         svg.line(left, up(math.log10(value)), right, up(math.log10(value)), "grid")
         svg.text(left - 6, up(math.log10(value)) + 4, number(value, 2), "tick", "end")
     svg.line(left, bottom, right, bottom, "axis")
-    svg.text(left, height - 6, f"{readings[0][0]:,}", "tick")
-    svg.text(right, height - 6, f"{readings[-1][0] + 1:,}", "tick", "end")
+    svg.text(left, height - 6, "1", "tick")
+    svg.text((left + right) / 2, height - 6, "iteration", "tick", "middle")
+    svg.text(right, height - 6, f"{iterations:,}", "tick", "end")
     svg.path([(across(i), up(math.log10(value))) for i, value in readings], "curve")
     return svg.finish()
 
 
 def activation_plot(seen: Distribution, name: str, key: str) -> Markup:
     """A histogram of what a layer is given, with the edges of its codes; below it the border's shift, if it has one."""
-    width, left, right, top = _FULL, 58.0, _FULL - 16, 26.0
+    width = _FULL.width
+    left, right, top = 58.0, width - 16, 26.0
     middle = top + 120
     bottom = middle + (126 if seen.shift else 0)
     histogram, counts = seen.histogram, seen.histogram.counts
@@ -272,7 +304,19 @@ def _draw_shift(svg: Svg, seen: Distribution, across: _Scale, top: float, bottom
     svg.path([(x, up(mean)) for x, mean, _ in known], "curve")
 
 
-def shortened(name: str, at_most: int = 28) -> str:
+def _for_both(draw: Callable[[Shape, str], Markup], wide: Shape, key: str) -> Markup:
+    """A drawing for wide pages and one for slim ones, of which the style sheet shows one."""
+    return Markup('<div class="wide">{}</div><div class="slim">{}</div>').format(
+        draw(wide, key), draw(_SLIM, f"{key}-slim")
+    )
+
+
+def _ticks_between(left: float, right: float) -> int:
+    """About how many ticks there is room for."""
+    return max(3, round((right - left) / 60))
+
+
+def shortened(name: str, at_most: int) -> str:
     """A name that fits beside a plot: what is left out is its middle."""
     return name if len(name) <= at_most else f"{name[: at_most // 2 - 1]}…{name[-(at_most // 2) :]}"
 

@@ -95,7 +95,7 @@ class Evaluation(BaseModel):
 class LossCurve(BaseModel):
     """Reconstruction loss by iteration, at most 120 points; of a longer run, means of neighbouring readings."""
 
-    iterations: list[int]
+    iterations: Annotated[list[int], Field(description="From 0.")]
     values: list[Number]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aquant_core.config import QuantizationConfig
 from service.jobs.records import JobRecord
@@ -14,18 +14,16 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
     """The document of a job; ``workers`` are the devices of those alive."""
     here = f"/jobs/{job.id}"
     done = job.state == JobState.SUCCEEDED
-    progress = JobProgress.model_validate(job.progress or {})
-    filenames = (job.origin or {}).get("filenames", {})
-    if job.state in FINISHED:
-        progress.eta_seconds = None  # the last estimate of what has ended
+    filenames: dict[str, str] = (job.origin or {}).get("filenames", {})
     return JobDocument(
         id=job.id,
+        name=_name_of(job, filenames),
         state=job.state,
         stage=job.stage,
         device=job.device,
         queue_position=queue_position,
         workers=sum(job.device in (None, device) for device in workers) if job.state == JobState.QUEUED else None,
-        progress=progress,
+        progress=progress_of(job),
         attempt=job.attempt,
         created_at=job.created_at,
         started_at=job.started_at,
@@ -51,6 +49,7 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
         ),
         links=JobLinks(
             self=here,
+            page=f"/page{here}",
             events=f"{here}/events",
             cancel=f"{here}/cancel" if job.state in (JobState.QUEUED, JobState.RUNNING) else None,
             report=f"{here}/report" if done else None,
@@ -58,3 +57,17 @@ def describe(job: JobRecord, queue_position: int | None = None, workers: Sequenc
             onnx=f"{here}/onnx" if job.artifact("onnx") is not None else None,
         ),
     )
+
+
+def progress_of(job: JobRecord) -> JobProgress:
+    """How far a job is."""
+    progress = JobProgress.model_validate(job.progress or {})
+    if job.state in FINISHED:
+        progress.eta_seconds = None  # the last estimate of what has ended
+    return progress
+
+
+def _name_of(job: JobRecord, filenames: Mapping[str, str]) -> str:
+    model = job.artifact("model")
+    digest = job.id[:8] if model is None else f"sha256:{model.sha256[:12]}"
+    return filenames.get("model") or job.config.get("architecture") or digest

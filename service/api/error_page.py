@@ -7,26 +7,30 @@ from html import escape
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
+from markupsafe import Markup
 
+from service.api.page_route import HEADERS
 from service.api.problems import responses
 from service.jobs.problem_kinds import KINDS, PAGE, Kind, title_of
+from service.pages.render import render
 
 router = APIRouter(tags=["documentation"])
 
-_STYLE = (
-    "body{font:1rem/1.5 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}"
-    "section:target{outline:2px solid;outline-offset:.5rem}code{font-size:.95em}"
-)
-
 
 @router.get(PAGE, response_class=HTMLResponse, responses=responses())
-def error_page() -> str:
+def error_page() -> HTMLResponse:
     """Cause and remedy of every kind of problem, each under its code."""
-    sections = "".join(_section(code, kind) for code, kind in KINDS.items())
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>AQuant service: errors</title>'
-        f"<style>{_STYLE}</style><h1>Errors</h1>{sections}</html>"
-    )
+    kinds = [
+        {
+            "code": code,
+            "title": title_of(code),
+            "where": where(kind),
+            "cause": _text(kind.cause),
+            "remedy": _text(kind.remedy),
+        }
+        for code, kind in KINDS.items()
+    ]
+    return HTMLResponse(render("errors.html", kinds=kinds), headers=HEADERS)
 
 
 def where(kind: Kind) -> str:
@@ -35,12 +39,5 @@ def where(kind: Kind) -> str:
     return " and ".join(filter(None, (answer, "the error of a failed job" if kind.in_job else "")))
 
 
-def _section(code: str, kind: Kind) -> str:
-    return (
-        f'<section id="{code}"><h2>{title_of(code)}</h2><p><code>{code}</code>: {where(kind)}.</p>'
-        f"<p>{_text(kind.cause)}</p><p><b>What to do.</b> {_text(kind.remedy)}</p></section>"
-    )
-
-
-def _text(markdown: str) -> str:
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(markdown))
+def _text(markdown: str) -> Markup:
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(markdown)))

@@ -14,7 +14,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
 from service.api.auth import Owner, OwnerDep
 from service.api.deps import PartsDep
-from service.api.documents import describe
+from service.api.documents import progress_of
 from service.api.openapi import EVENT
 from service.api.problems import REFUSALS, responses
 from service.api.watching import JobWatch
@@ -127,7 +127,7 @@ async def _stream(watch: JobWatch, owner: Owner, job_id: str, number: int) -> As
 def _read(owner: Owner, job_id: str, number: int) -> _News:
     with owner.jobs() as jobs:
         job, events = jobs.events_after(job_id, number, AT_A_TIME)
-        return _News(events, describe(job).progress, job.state in FINISHED)
+        return _News(events, progress_of(job), job.state in FINISHED)
 
 
 def _data(event: EventRecord) -> str:

@@ -1,10 +1,12 @@
-"""Reads a multipart form part by part as it arrives, so that any file passes through in constant memory."""
+"""Reads a multipart form part by part as it arrives, so that any file passes through in constant memory; or a small
+body whole.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,14 +138,28 @@ class FormStream:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
         filename = options.get(b"filename")
-        called = None if filename is None else _without_folder(filename.decode("utf-8", "replace"))
+        called = None if filename is None else without_folder(filename.decode("utf-8", "replace"))
         self._events.append(_Event("part", options.get(b"name", b""), called))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._events.append(_Event("data", data[start:end]))
 
 
-def _without_folder(filename: str) -> str:
+async def read_whole(body: AsyncIterable[bytes], limit: int, too_large: UploadTooLargeError) -> bytes:
+    """All of a body of at most ``limit`` bytes; of a larger one no more is read than tells that it is.
+
+    Raises:
+        UploadTooLargeError: the one given.
+    """
+    read = b""
+    async for chunk in body:
+        read += chunk
+        if len(read) > limit:
+            raise too_large
+    return read
+
+
+def without_folder(filename: str) -> str:
     """The last part of a path of any system, of a length to be shown."""
     name = re.split(r"[/\\]", filename)[-1]
     return "".join(letter for letter in name if letter.isprintable())[:MAX_FILENAME]

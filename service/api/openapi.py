@@ -66,6 +66,7 @@ SUBMISSION: dict[str, Any] = {
                         "value": {
                             "model": f"sha256:{_DIGEST}",
                             "calibration": f"sha256:{_DIGEST}",
+                            "filenames": {"model": "resnet18.onnx"},
                             "config": _CONFIG,
                         },
                     }
@@ -93,6 +94,7 @@ EVENT: dict[str, Any] = {
 
 _JOB = {
     "id": "0a1b2c3d4e5f60718293a4b5",
+    "name": "resnet18.onnx",
     "state": "running",
     "stage": "reconstruct",
     "queue_position": None,
@@ -111,15 +113,17 @@ _JOB = {
     "started_at": "2026-01-31T12:00:05Z",
     "finished_at": None,
     "config": _CONFIG,
-    "files": {"model": {"size": 183204, "sha256": _DIGEST, "format": "onnx"}},
+    "files": {"model": {"size": 183204, "sha256": _DIGEST, "format": "onnx", "filename": "resnet18.onnx"}},
     "error": None,
     "webhook": None,
     "links": {
         "self": "/jobs/0a1b2c3d4e5f60718293a4b5",
+        "page": "/page/jobs/0a1b2c3d4e5f60718293a4b5",
         "events": "/jobs/0a1b2c3d4e5f60718293a4b5/events",
         "cancel": "/jobs/0a1b2c3d4e5f60718293a4b5/cancel",
         "report": None,
         "checkpoint": None,
+        "onnx": None,
     },
 }
 _EXAMPLES: dict[str, Any] = {

@@ -6,15 +6,16 @@ import json
 from typing import Any
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.config_reading import repeated_key
 from service.api.forms import Part
 from service.api.submitting import text_of
 from service.jobs.errors import ConfigError, FormError
 from service.jobs.schemas import WebhookRequest
 from service.jobs.states import Device
-from service.jobs.submission import CONFIG_REMEDY, read_config, read_device
+from service.jobs.submission import CONFIG_REMEDY, TWICE_REMEDY, read_config, read_device
 from service.settings import Settings
 
-SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture")
+SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture", "dry_run")
 """Keys of the config that have a field of their own."""
 
 
@@ -48,11 +49,14 @@ class PageFields:
         if self._more.strip():
             try:
                 more = json.loads(self._more)
+                twice = repeated_key(self._more)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"The further settings are not JSON: {error}.", CONFIG_REMEDY) from error
             if not isinstance(more, dict):
                 raise ConfigError(
                     "The further settings are not a JSON object.", 'Write them as {"seed": 1, "compare": ["qdrop"]}.'
                 )
+            if twice is not None:
+                raise ConfigError(f'The further settings name "{twice}" twice.', TWICE_REMEDY)
             config |= more
         return read_config(json.dumps(config).encode())

@@ -18,10 +18,14 @@ from service.pages.render import render
 
 SIGN_IN = "/page/sign-in"
 
+# No inline script and no inline style: what an upload smuggles into a page is text, and stays text.
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+
 HEADERS = {
-    # No inline script and no inline style: what an upload smuggles into a page is text, and stays text.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": CONTENT_POLICY,
     "X-Content-Type-Options": "nosniff",
     # Not no-referrer: with it a browser calls the origin of the page's own forms "null".
     "Referrer-Policy": "same-origin",

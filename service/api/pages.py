@@ -7,7 +7,7 @@ functions; only who asks is found out otherwise, and the answer is a page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, get_args
+from typing import Annotated, TypeVar, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from aquant_core.config import FLOAT_BITS, PresetName
 from aquant_core.report.page import NAMES
+from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, accuracy_bars
 from aquant_core.report.schema import Report
 from service.api import events, jobs, results
@@ -26,7 +27,7 @@ from service.api.conditions import IfNoneMatch
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.page_fields import PageFields
-from service.api.page_route import PageRoute
+from service.api.page_route import CONTENT_POLICY, PageRoute
 from service.api.submitting import take_in
 from service.jobs.errors import ArtifactNotReadyError
 from service.jobs.schemas import JobDocument
@@ -40,6 +41,8 @@ router = APIRouter(include_in_schema=False, route_class=PageRoute)
 ON_A_PAGE = 25
 MOST_EVENTS = 5000
 
+Document = TypeVar("Document", Report, Plan)
+
 
 @router.get("/page/static/{digest}/{name}")
 def static(digest: str, name: str) -> Response:
@@ -48,6 +51,13 @@ def static(digest: str, name: str) -> Response:
         raise HTTPException(404)
     headers = {"Cache-Control": "public, max-age=31536000, immutable"}
     return Response(static_file(name), headers=headers, media_type=STATIC[name][1])
+
+
+@router.get("/docs")
+def docs() -> Response:
+    """Swagger UI on /openapi.json, for everybody like that; its style has icons in it."""
+    policy = CONTENT_POLICY.replace("img-src 'self'", "img-src 'self' data:")
+    return HTMLResponse(render("docs.html"), headers={"Content-Security-Policy": policy})
 
 
 @router.get("/")
@@ -92,9 +102,11 @@ async def submit(request: Request, parts: PartsDep, visitor: VisitorDep) -> Resp
 async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
     """Where a job stands, and what came of it."""
     job, finished, others = await run_in_threadpool(_load, visitor, job_id)
-    blocks, report = progress.blocks_of(job, finished), None
-    if job.state == JobState.SUCCEEDED:
-        report = await run_in_threadpool(_read_report, parts, visitor, job_id)
+    blocks, report, plan = progress.blocks_of(job, finished), None, None
+    if job.state == JobState.SUCCEEDED and job.config.dry_run:
+        plan = await run_in_threadpool(_read, Plan, parts, visitor, job_id)
+    elif job.state == JobState.SUCCEEDED:
+        report = await run_in_threadpool(_read, Report, parts, visitor, job_id)
     return _page(
         "job.html",
         visitor,
@@ -104,6 +116,7 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         under_way=next((row.name for row in blocks if row.state == "under way"), None),
         curve=progress.curve_of(job),
         report=report,
+        plan=plan,
         plot=None if report is None else _accuracy_plot(report),
         others=others,
     )
@@ -185,7 +198,7 @@ def comparison(
     documents, reports = [], []
     for job_id in chosen:
         document = jobs.load(visitor, job_id)
-        report = _read_report(parts, visitor, job_id)
+        report = _read(Report, parts, visitor, job_id)
         if report is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} has no report that can be compared.",
@@ -219,18 +232,18 @@ def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.H
         others: list[JobDocument] = []
         if record.state == JobState.SUCCEEDED:
             succeeded = repository.page(ON_A_PAGE, None, JobState.SUCCEEDED).jobs
-            others = [describe(other) for other in succeeded if other.id != job_id]
+            others = [describe(other) for other in succeeded if other.id != job_id and not other.config.get("dry_run")]
     return job, finished, others
 
 
-def _read_report(parts: Parts, visitor: Owner, job_id: str) -> Report | None:
-    """A job's report; None where this version cannot read it, and of a dry run."""
+def _read(kind: type[Document], parts: Parts, visitor: Owner, job_id: str) -> Document | None:
+    """A job's report, or a dry run's plan; None where this version cannot read it as such."""
     with visitor.jobs() as repository:
         artifact = repository.get(job_id).artifact("report")
     if artifact is None:
         raise ArtifactNotReadyError(f"Job {job_id} has no report.", "Compare jobs that have succeeded.")
     try:
-        return Report.model_validate_json(parts.artifacts.get_bytes(artifact.key))
+        return kind.model_validate_json(parts.artifacts.get_bytes(artifact.key))
     except ValidationError:
         return None
 

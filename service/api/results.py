@@ -92,7 +92,7 @@ async def report(
 ) -> Response:
     """The accuracy report of a job that succeeded: JSON or, by Accept, one self-contained HTML page.
 
-    That of a dry run is its plan, and JSON alone.
+    That of a dry run is its plan.
     """
     file = await run_in_threadpool(_find, owner, job_id, "report")
     if prefers_page(accept):

@@ -17,6 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials
 
 from service.api.auth import COOKIE, SECURE_COOKIE, admit_to_page, bearer_of
 from service.api.deps import PartsDep
+from service.api.forms import read_whole
 from service.api.locality import check_own_page
 from service.api.page_route import SIGN_IN, PageRoute, in_words
 from service.jobs.errors import KeyInvalidError, KeyMissingError, ServiceError, UploadTooLargeError
@@ -70,11 +71,8 @@ def sign_out(request: Request) -> Response:
 
 
 async def _fields(request: Request) -> dict[str, str]:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM_BYTES:  # before anybody is asked who they are
-            raise UploadTooLargeError("This form is larger than any key.", "Send the key alone.")
+    too_large = UploadTooLargeError("This form is larger than any key.", "Send the key alone.")
+    body = await read_whole(request.stream(), MAX_FORM_BYTES, too_large)  # before anybody is asked who they are
     return {name: values[-1] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
 
 

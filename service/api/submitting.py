@@ -11,22 +11,22 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.config_reading import faults_of, repeated_key
 from service.api.auth import Owner
 from service.api.deps import Parts
-from service.api.forms import FormStream, Part
+from service.api.forms import FormStream, Part, read_whole, without_folder
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
 from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
-from service.jobs.schemas import JobRequest, WebhookRequest
+from service.jobs.schemas import JobRequest, UploadName, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import (
     CONFIG_REMEDY,
     FORM_REMEDY,
+    TWICE_REMEDY,
     UPLOADS,
     Submission,
     Submitted,
-    UploadName,
-    faults_of,
     new_job_id,
     read_config,
     read_device,
@@ -133,25 +133,27 @@ def _room(owner: Owner, key: str | None) -> Room:
 
 async def _read_json(job_id: str, request: Request, owner: Owner, key: str | None, limit: int) -> Submission:
     """A body that names files uploaded before."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise UploadTooLargeError(
-                f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
-            )
+    too_large = UploadTooLargeError(
+        f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
+    )
+    body = await read_whole(request.stream(), limit, too_large)
     try:
         asked = JobRequest.model_validate_json(body, strict=True)
     except ValidationError as error:
         if all(fault["loc"][:1] == ("config",) for fault in error.errors()):
             raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
         raise FormError(
-            f"The body is no job: {faults_of(error)}.", "See JobRequest in /docs; files are named as sha256:DIGEST."
+            f"The body is no job: {faults_of(error, 'the whole', values=False)}.",
+            "See JobRequest in /docs; files are named as sha256:DIGEST.",
         ) from error
+    if (twice := repeated_key(body)) is not None:
+        refusal = ConfigError if twice.startswith("config.") else FormError
+        raise refusal(f'The body names "{twice}" twice.', TWICE_REMEDY)
     named = {"model": asked.model, "calibration": asked.calibration, "evaluation": asked.evaluation}
     references = {name: _read_reference(name, named[name] or "") for name in UPLOADS if named[name] is not None}
+    filenames = {name: without_folder(filename) for name, filename in asked.filenames.items()}
     return Submission(
-        job_id, owner.name, asked.config, asked.device, {}, references, {}, asked.reuse, asked.webhook, key
+        job_id, owner.name, asked.config, asked.device, {}, references, filenames, asked.reuse, asked.webhook, key
     )
 
 
@@ -209,6 +211,6 @@ def _read_webhook(text: str) -> WebhookRequest:
         return WebhookRequest.model_validate_json(text)
     except ValidationError as error:
         raise FormError(
-            f"The field `webhook` is not valid: {faults_of(error)}.",
+            f"The field `webhook` is not valid: {faults_of(error, 'the whole', values=False)}.",
             'Send {"url": "https://...", "secret": "whsec_..."}.',
         ) from error

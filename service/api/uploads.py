@@ -271,7 +271,10 @@ class _Receiver:
 
 def _begin(owner: Owner, sha256: str, size: int) -> UploadRecord:
     with owner.uploads() as uploads:
-        return uploads.begin(sha256, size)
+        upload = uploads.begin(sha256, size)
+        if upload.key is None:
+            return upload
+        return uploads.use(sha256) or uploads.begin(sha256, size)  # sent again, it is kept for as long again
 
 
 def _read_range(content_range: str | None, content_length: str | None) -> _Range:

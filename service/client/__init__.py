@@ -6,6 +6,7 @@ What they do is written once, as exchanges that name each step and take none (``
 
 from service.client.async_client import AsyncClient
 from service.client.errors import (
+    AddressMalformedError,
     DigestMismatchError,
     KeyMalformedError,
     ServiceProblemError,
@@ -18,6 +19,7 @@ from service.client.sync_client import Client
 __all__ = [
     "DEFAULT_URL",
     "KEY_VARIABLE",
+    "AddressMalformedError",
     "AsyncClient",
     "Client",
     "DigestMismatchError",

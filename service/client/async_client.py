@@ -25,6 +25,7 @@ from service.client.exchanges import (
     T,
     Watching,
     Work,
+    address,
     authorization,
 )
 from service.client.patience import PATIENCE_SECONDS
@@ -45,7 +46,9 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         headers = authorization(key)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=address(url), headers=headers, timeout=TIMEOUT_SECONDS, transport=transport
+        )
         self._exchanges = Exchanges(url, patience)
 
     async def __aenter__(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from service.client.errors import checked
-from service.client.exchanges import Call, Exchanges
+from service.client.exchanges import Call, Exchanges, job_path
 from service.jobs.schemas import JobEvent, JobProgress
 from service.jobs.states import FINISHED
 
@@ -42,7 +42,7 @@ class EventStream:
         """The request for what has not been seen."""
         self._fields, self._rest = {}, b""
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": str(self._number)} if self._number else {})}
-        return Call("GET", f"/jobs/{self._job_id}/events", headers, timeout=SILENCE_SECONDS)
+        return Call("GET", job_path(self._job_id, "/events"), headers, timeout=SILENCE_SECONDS)
 
     def pause_of(self, response: httpx.Response) -> float | None:
         """Seconds until it is worth asking again; None if the answer is to be read.

@@ -10,10 +10,20 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
 
 import httpx
+from pydantic import RootModel
 
-from service.client.errors import KeyMalformedError, ServiceProblemError, ServiceUnreachableError, checked
+from service.client.errors import (
+    AddressMalformedError,
+    KeyMalformedError,
+    ServiceProblemError,
+    ServiceUnreachableError,
+    checked,
+    not_the_service,
+    read,
+)
 from service.client.patience import PATIENCE_SECONDS, Patience
 from service.jobs.schemas import Health, JobDocument, JobPage, JobRequest
 from service.jobs.states import JobState
@@ -34,6 +44,10 @@ class Sink(Protocol):
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes."""
+
+
+class _Report(RootModel[dict[str, Any]]):
+    """A report, of whatever version."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,28 @@ def authorization(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def address(url: str) -> str:
+    """The address of a service, if it is one.
+
+    Raises:
+        AddressMalformedError: it is none.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise AddressMalformedError(
+            f"{url!r} is no address of a service (--url, or AQUANT_URL). Write it as {DEFAULT_URL}."
+        )
+    return url
+
+
+def job_path(job_id: str, below: str = "") -> str:
+    """Where a job is, or what is below it; an id is one part of the path, whatever it holds."""
+    return f"/jobs/{quote(job_id, safe='')}{below}"
+
+
 class Exchanges:
     """The exchanges with the service at ``url``, each with so many seconds of patience."""
 
@@ -119,7 +155,7 @@ class Exchanges:
         Raises:
             ServiceUnreachableError: patience is at its end, or nobody was ever there.
         """
-        never_there = isinstance(error, httpx.ConnectError | httpx.UnsupportedProtocol) and not self._met
+        never_there = isinstance(error, httpx.ConnectError) and not self._met
         pause = None if never_there else patience.after_loss()
         if pause is None:
             raise ServiceUnreachableError(
@@ -133,42 +169,44 @@ class Exchanges:
         content = request.model_dump_json(exclude_unset=True).encode()
         headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
         response = yield from self.send(Call("POST", "/jobs", headers, content=content))
-        return JobDocument.model_validate_json(response.content)
+        return read(response, JobDocument)
 
     def get(self, job_id: str) -> Exchange[JobDocument]:
         """A job as it stands."""
-        response = yield from self.send(Call("GET", f"/jobs/{job_id}"))
-        return JobDocument.model_validate_json(response.content)
+        response = yield from self.send(Call("GET", job_path(job_id)))
+        return read(response, JobDocument)
 
     def list(self, state: JobState | None, limit: int, page: str | None) -> Exchange[JobPage]:
         """A page of jobs."""
         params = {"limit": str(limit), **({} if state is None else {"state": str(state)})}
         response = yield from self.send(Call("GET", page) if page else Call("GET", "/jobs", params=params))
-        return JobPage.model_validate_json(response.content)
+        return read(response, JobPage)
 
     def cancel(self, job_id: str) -> Exchange[JobDocument]:
         """Ask for a job to be stopped."""
-        response = yield from self.send(Call("POST", f"/jobs/{job_id}/cancel"))
-        return JobDocument.model_validate_json(response.content)
+        response = yield from self.send(Call("POST", job_path(job_id, "/cancel")))
+        return read(response, JobDocument)
 
     def delete(self, job_id: str) -> Exchange[None]:
         """Remove a job; that it is gone when asked a second time is no error."""
         patience = self.patience()
         try:
-            yield from self.send(Call("DELETE", f"/jobs/{job_id}"), patience)
+            response = yield from self.send(Call("DELETE", job_path(job_id)), patience)
         except ServiceProblemError as error:
             if not (patience.lost and error.problem.code == "job_not_found"):
                 raise
+        else:
+            if response.status_code != httpx.codes.NO_CONTENT:
+                raise not_the_service(response, f"{response.status_code} to a deletion")
 
     def report(self, job_id: str) -> Exchange[dict[str, Any]]:
         """A job's report."""
-        response = yield from self.send(Call("GET", f"/jobs/{job_id}/report"))
-        document: dict[str, Any] = response.json()
-        return document
+        response = yield from self.send(Call("GET", job_path(job_id, "/report")))
+        return read(response, _Report).root
 
     def report_page(self, job_id: str) -> Exchange[str]:
         """The same as a page."""
-        response = yield from self.send(Call("GET", f"/jobs/{job_id}/report", {"Accept": "text/html"}))
+        response = yield from self.send(Call("GET", job_path(job_id, "/report"), {"Accept": "text/html"}))
         return response.text
 
     def health(self) -> Exchange[Health]:
@@ -180,7 +218,7 @@ class Exchanges:
                 raise
             said = error.problem.model_extra or {}
             return Health.model_validate({**said, "status": "unavailable"})
-        return Health.model_validate_json(response.content)
+        return read(response, Health)
 
 
 class Watching:
@@ -209,9 +247,11 @@ class Watching:
         headers, params = {}, {}
         if self._tag is not None:
             headers, params = {"If-None-Match": self._tag}, {"wait": f"{min(WAIT_SECONDS, left):.3f}"}
-        response = yield from self._exchanges.send(Call("GET", f"/jobs/{self._job_id}", headers, params))
+        response = yield from self._exchanges.send(Call("GET", job_path(self._job_id), headers, params))
         if response.status_code == httpx.codes.NOT_MODIFIED:
             return None
-        self._tag = response.headers["etag"]
-        self._last = JobDocument.model_validate_json(response.content)
+        self._last = read(response, JobDocument)
+        self._tag = response.headers.get("etag")
+        if self._tag is None:  # it could not be asked to wait for a change
+            raise not_the_service(response, "a job without its ETag")
         return self._last

@@ -25,6 +25,7 @@ from service.client.exchanges import (
     T,
     Watching,
     Work,
+    address,
     authorization,
 )
 from service.client.patience import PATIENCE_SECONDS
@@ -50,7 +51,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = authorization(key)
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, transport=transport)
+        self._http = httpx.Client(base_url=address(url), headers=headers, timeout=TIMEOUT_SECONDS, transport=transport)
         self._exchanges = Exchanges(url, patience)
 
     def __enter__(self) -> Self:

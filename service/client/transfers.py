@@ -12,8 +12,8 @@ from typing import Any, Literal
 import httpx
 
 from aquant_core.config import QuantizationConfig
-from service.client.errors import DigestMismatchError, ServiceProblemError, ServiceUnreachableError, checked
-from service.client.exchanges import TIMEOUT_SECONDS, Call, Exchange, Exchanges, Pause, Work
+from service.client.errors import DigestMismatchError, ServiceProblemError, ServiceUnreachableError, checked, read
+from service.client.exchanges import TIMEOUT_SECONDS, Call, Exchange, Exchanges, Pause, Work, job_path
 from service.jobs.schemas import JobDocument, JobRequest, UploadDocument, WebhookRequest
 from service.jobs.states import Device
 
@@ -48,8 +48,10 @@ def submit(
     for name, path in paths.items():
         if path is not None:
             references[name] = f"sha256:{(yield from upload(exchanges, path, transferred))}"
-    asked = {**references, "config": config, "device": device, "reuse": reuse or None, "webhook": webhook}
-    request = JobRequest.model_validate({name: value for name, value in asked.items() if value is not None})
+    filenames = {name: path.name for name, path in paths.items() if path is not None}
+    asked = {"filenames": filenames, "config": config, "device": device, "reuse": reuse or None, "webhook": webhook}
+    given = {name: value for name, value in asked.items() if value is not None}
+    request = JobRequest.model_validate({**references, **given})
     return (yield from exchanges.create(request, idempotency_key))
 
 
@@ -115,7 +117,7 @@ def _piece(path: Path, url: str, offset: int, size: int) -> Exchange[Call]:
 
 
 def _uploaded(response: httpx.Response) -> UploadDocument:
-    return UploadDocument.model_validate_json(response.content)
+    return read(response, UploadDocument)
 
 
 def _digest_of(path: Path) -> tuple[str, int]:
@@ -150,7 +152,7 @@ def download(
         yield Work(arriving.take_stock)
         before = arriving.size
         try:
-            response = yield Call("GET", f"/jobs/{job_id}/{what}", arriving.headers(), sink=arriving)
+            response = yield Call("GET", job_path(job_id, f"/{what}"), arriving.headers(), sink=arriving)
         except httpx.TransportError as error:
             if arriving.size > before:
                 patience = exchanges.patience()

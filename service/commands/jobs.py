@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aquant_core.config import read_configuration
 from aquant_core.run_options import (
     Architecture,
     AsJson,
@@ -19,6 +18,8 @@ from aquant_core.run_options import (
     Model,
     PresetOption,
     Seed,
+    TargetDrop,
+    configured,
 )
 from service.commands.exit_codes import OF_JOBS, ExitCode
 from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
@@ -34,6 +35,7 @@ def submit(
     calibration: Calibration,
     weight_bits: LayerBits = None,
     activation_bits: LayerBits = None,
+    target: TargetDrop = None,
     evaluation: Evaluation = None,
     method: MethodName = None,
     preset: PresetOption = None,
@@ -57,19 +59,17 @@ def submit(
     """Send a model to be quantized; prints the job's id."""
     from service.commands.progress import transfer_display
 
-    options = {
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
-        "method": method,
-        "preset": preset,
-        "architecture": architecture,
-        "seed": seed,
-        "dry_run": dry_run or None,
-    }
-    try:
-        configuration = read_configuration(config, options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--config") from error
+    configuration = configured(
+        config,
+        target=target,
+        dry_run=dry_run,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        method=method,
+        preset=preset,
+        architecture=architecture,
+        seed=seed,
+    )
     with open_client(url, key) as client:
         with transfer_display() as transferred:
             job = client.submit(
@@ -119,8 +119,11 @@ def list_jobs(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    for job in found.jobs:
-        typer.echo(f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {_task(job)}")
+    tasks = [_task(job) for job in found.jobs]
+    width = max(map(len, tasks), default=0)
+    for job, task in zip(found.jobs, tasks, strict=True):
+        line = f"{job.id}  {job.created_at:%Y-%m-%d %H:%M:%S}  {job.state:<10} {task:<{width}}  {job.name}"
+        typer.echo(line.rstrip())
 
 
 def cancel(job_id: JobId, as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
@@ -153,7 +156,8 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
     except KeyboardInterrupt:
         typer.echo(f"Job {job_id} goes on; `aquant cancel {job_id}` stops it.", err=True)
         raise
-    typer.echo(describe(job), err=True)
+    if not as_json:  # its document has told it
+        typer.echo(describe(job), err=True)
     if job.error is not None:
         typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
     code = OF_JOBS[job.state]
@@ -162,17 +166,23 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
 
 
 def _task(job: JobDocument) -> str:
-    return f"{job.config.method} W{job.config.weight_bits}A{job.config.activation_bits}"
+    """What a job is to do, in a few words."""
+    config = job.config
+    bits = f"W{config.weight_bits}A{config.activation_bits}"
+    if config.target is not None:
+        bits = f"target {config.target.max_accuracy_drop:g} from {bits}"
+    return f"{config.method} {bits} {config.preset}{' (dry run)' if config.dry_run else ''}"
 
 
 def _facts(job: JobDocument) -> list[str]:
     from service.commands.progress import describe
 
-    lines = [describe(job), f"config     {_task(job)}, preset {job.config.preset}, seed {job.config.seed}"]
+    lines = [describe(job), f"config      {_task(job)}, seed {job.config.seed}"]
+    lines.append(f"network     {job.name}")
     times = {"created": job.created_at, "started": job.started_at, "finished": job.finished_at}
-    lines += [f"{name:<10} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
+    lines += [f"{name:<11} {at:%Y-%m-%d %H:%M:%S} UTC" for name, at in times.items() if at is not None]
     if job.device is not None:
-        lines.append(f"device     {job.device}")
+        lines.append(f"device      {job.device}")
     if job.error is not None:
-        lines.append(f"error      {job.error.code}: {job.error.detail} {job.error.remedy}")
-    return lines + [f"{name:<10} {file.size:,} bytes  sha256 {file.sha256}" for name, file in job.files.items()]
+        lines.append(f"error       {job.error.code}: {job.error.detail} {job.error.remedy}")
+    return lines + [f"{name:<11} {file.size:,} bytes  sha256 {file.sha256}" for name, file in job.files.items()]

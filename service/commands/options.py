@@ -16,7 +16,16 @@ Key = Annotated[
     str | None,
     typer.Option("--key", envvar="AQUANT_API_KEY", help="API key; the variable keeps it out of the list of processes."),
 ]
-JobId = Annotated[str, typer.Argument(help="The job's id.")]
+
+
+def _said(job_id: str) -> str:
+    """A job's id; a script whose submission failed gives an empty one."""
+    if not job_id.strip():
+        raise typer.BadParameter("it is empty; `aquant submit` prints it, `aquant list` lists them")
+    return job_id
+
+
+JobId = Annotated[str, typer.Argument(help="The job's id.", callback=_said)]
 Timeout = Annotated[
     float | None, typer.Option(min=0, metavar="SECONDS", help="Follow it for so long at most; then exit with 5.")
 ]

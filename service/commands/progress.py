@@ -51,14 +51,16 @@ class JobDisplay:
         self._told: tuple[str, str | None, int] | None = None
 
     def show(self, job: JobDocument) -> None:
-        """The job as it is now."""
+        """The job as it is now; its end is for the caller to tell."""
+        if job.finished:
+            return
         if self._task is not None:
             share = share_done(job)
             total = None if share is None else 1.0
             self._bars.update(self._task, description=describe(job), total=total, completed=share or 0.0)
             return
         step = (str(job.state), job.stage, job.progress.block)
-        if step != self._told and not job.finished:
+        if step != self._told:
             self._console.print(describe(job), soft_wrap=True)
             self._told = step
 

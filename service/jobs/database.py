@@ -13,6 +13,7 @@ from alembic.config import Config
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.orm import Session
 
 from service.settings import Settings
 
@@ -53,6 +54,21 @@ def open_database(settings: Settings) -> Engine:
     """
     url = _database_url(settings)
     return _open_sqlite(url) if _is_sqlite(url) else _open_postgresql(url)
+
+
+@contextmanager
+def session_on(settings: Settings) -> Iterator[Session]:
+    """One session on the configured database, for a program that has one thing to ask or to do.
+
+    Raises:
+        UnsupportedDatabaseError: the URL is neither SQLite's nor PostgreSQL's.
+    """
+    engine = open_database(settings)
+    try:
+        with Session(engine, expire_on_commit=False) as session:
+            yield session
+    finally:
+        engine.dispose()
 
 
 def migrate(settings: Settings) -> None:

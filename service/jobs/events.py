@@ -55,7 +55,7 @@ class JobEvents:
         )
         self._session.flush()
 
-    def after(self, job_id: str, number: int, limit: int = 500) -> Sequence[EventRecord]:
+    def after(self, job_id: str, number: int, limit: int) -> Sequence[EventRecord]:
         """The events after the one of this number, in order."""
         query = select(EventRecord).where(EventRecord.job_id == job_id, EventRecord.number > number)
         return self._session.scalars(query.order_by(EventRecord.number).limit(limit)).all()

@@ -121,7 +121,8 @@ KINDS: dict[str, Kind] = {
     ),
     "config_invalid": Kind(
         422,
-        "The job's `config` is missing, not JSON, or holds an unknown key or a value that is not taken.",
+        "The job's `config` is missing, not JSON, names a key twice, or holds an unknown key or a value that is not "
+        "taken.",
         "The detail names every fault. Only `weight_bits` and `activation_bits` are required; the schema "
         "QuantizationConfig is in `/docs` and docs/api.md.",
     ),
@@ -262,7 +263,11 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint_invalid": _job(
         "A quantized checkpoint is damaged, incomplete or of an unknown format version.",
-        "Download it again, or quantize anew with this version.",
+        "Copy or download it again from where it was written, or quantize anew with this version.",
+    ),
+    "device_unavailable": _job(
+        "A network was to run on a device that is not there; met in the library, as jobs run on their worker's.",
+        'Run it with `device="cpu"`, or on a machine with an NVIDIA driver and a torch that was built for CUDA.',
     ),
     "resume_mismatch": _job(
         "The finished blocks kept for a further attempt belong to another run.",

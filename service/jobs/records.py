@@ -172,6 +172,7 @@ class IdempotencyRecord(Record):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     """Digest of owner and key."""
     owner: Mapped[str | None] = mapped_column(String(64))
+    """For people alone, as the digest does not tell whose it is."""
     fingerprint: Mapped[str] = mapped_column(String(64))
     """Digest of all that was asked for."""
     job_id: Mapped[str] = mapped_column(String(32))
@@ -198,8 +199,9 @@ class UploadRecord(Record):
     key: Mapped[str | None] = mapped_column(String(255))
     """The whole file; None until it is complete."""
     created_at: Mapped[datetime]
+    """When it was begun; for people alone."""
     touched_at: Mapped[datetime]
-    """When it was last added to, or named by a job."""
+    """When it was last sent or added to, or named by a job."""
 
 
 class UploadPieceRecord(Record):

@@ -5,21 +5,20 @@ The caller owns the transaction (``with sessions.begin() as session``); nothing 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Update, and_, case, delete, func, literal, or_, select, true, tuple_, update
-from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session, lazyload
 
 from aquant_core.config import QuantizationConfig
-from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
+from service.jobs.errors import JobNotFoundError, JobStateError
 from service.jobs.events import Happening, JobEvents, entered
+from service.jobs.paging import Page, read_cursor, write_cursor
 from service.jobs.records import ALIVE_SECONDS, ArtifactRecord, EventRecord, JobRecord, WorkerRecord
+from service.jobs.rows import changed, in_pieces, known
 from service.jobs.states import FINISHED, HELD, Device, JobState, sources
 from service.jobs.tallies import Tallies
 from service.jobs.turns import next_jobs, runs_on
@@ -41,14 +40,6 @@ class StateCount:
     state: JobState
     count: int
     oldest: datetime
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of jobs and the cursor of the next, if there is one."""
-
-    jobs: Sequence[JobRecord]
-    cursor: str | None
 
 
 def now() -> datetime:
@@ -96,12 +87,12 @@ class JobRepository:
         if state is not None:
             query = query.where(JobRecord.state == state)
         if cursor is not None:
-            created_at, job_id = _read_cursor(cursor)
+            created_at, job_id = read_cursor(cursor)
             last = tuple_(literal(created_at), literal(job_id, JobRecord.id.type))
             query = query.where(tuple_(JobRecord.created_at, JobRecord.id) < last)
         jobs = self._session.scalars(query).all()
         more = len(jobs) > limit
-        return Page(jobs[:limit], _write_cursor(jobs[limit - 1]) if more else None)
+        return Page(jobs[:limit], write_cursor(jobs[limit - 1]) if more else None)
 
     def queue_position(self, job: JobRecord) -> int | None:
         """How many queued jobs are older and may run on the same device; None for a job that is not queued.
@@ -123,12 +114,7 @@ class JobRepository:
 
     def existing(self, job_ids: Sequence[str]) -> set[str]:
         """Those of the ids that are jobs."""
-        pieces = (job_ids[start : start + 500] for start in range(0, len(job_ids), 500))  # parameters are limited
-        return {
-            job_id
-            for piece in pieces
-            for job_id in self._session.scalars(select(JobRecord.id).where(JobRecord.id.in_(piece)))
-        }
+        return known(self._session, JobRecord.id, job_ids)
 
     def same_work(self, fingerprint: str) -> JobRecord | None:
         """The latest job that has succeeded with this configuration and these files."""
@@ -152,8 +138,8 @@ class JobRepository:
         columns = (JobRecord.id, JobRecord.state, JobRecord.attempt, JobRecord.stage, JobRecord.progress)
         return {
             row.id: (tuple(row), queue if row.state == JobState.QUEUED else None)
-            for start in range(0, len(job_ids), 500)  # parameters are limited
-            for row in self._session.execute(select(*columns).where(JobRecord.id.in_(job_ids[start : start + 500])))
+            for some in in_pieces(job_ids)
+            for row in self._session.execute(select(*columns).where(JobRecord.id.in_(some)))
         }
 
     # A worker's side: claim, renew, finish.
@@ -297,12 +283,8 @@ class JobRepository:
             JobNotFoundError: there is no such job.
             JobStateError: a worker is at it.
         """
-        result = self._session.execute(
-            delete(JobRecord)
-            .where(JobRecord.id == job_id, self._scope, JobRecord.state.not_in(HELD))
-            .execution_options(synchronize_session=False)
-        )
-        if _changed(result):
+        ended = delete(JobRecord).where(JobRecord.id == job_id, self._scope, JobRecord.state.not_in(HELD))
+        if changed(self._session, ended):
             return
         job = self.get(job_id)
         if job.state in HELD:
@@ -438,23 +420,3 @@ def _held_under(claim: Claim) -> ColumnElement[bool]:
         JobRecord.lease_owner == claim.owner,
         JobRecord.state.in_(HELD),
     )
-
-
-def _changed(result: Any) -> bool:
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
-
-
-def _write_cursor(job: JobRecord) -> str:
-    return base64.urlsafe_b64encode(f"{job.created_at.isoformat()} {job.id}".encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, str]:
-    try:
-        padded = cursor + "=" * (-len(cursor) % 4)
-        created_at, job_id = base64.b64decode(padded, altchars=b"-_", validate=True).decode().split(" ")
-        return datetime.fromisoformat(created_at).astimezone(UTC), job_id
-    except (ValueError, binascii.Error, OverflowError) as error:
-        raise CursorError(
-            f"{cursor!r} is not a page cursor of this service.", "Follow the `next` link of a page as it is."
-        ) from error

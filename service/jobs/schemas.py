@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -120,6 +120,9 @@ UploadReference = Annotated[
 ]
 
 
+UploadName = Literal["model", "calibration", "evaluation"]
+
+
 class JobRequest(BaseModel):
     """A job whose files have been uploaded before."""
 
@@ -128,6 +131,9 @@ class JobRequest(BaseModel):
     model: UploadReference
     calibration: UploadReference
     evaluation: UploadReference | None = None
+    filenames: Annotated[
+        dict[UploadName, str], Field(description="What the files are called, to be shown; folders are left out.")
+    ] = {}
     config: QuantizationConfig
     device: Annotated[Device | None, Field(description="What it is to run on; else whichever is free first.")] = None
     reuse: Annotated[
@@ -144,7 +150,7 @@ class UploadDocument(BaseModel):
     offset: Annotated[int, Field(description="Bytes that are there: where to go on.")]
     complete: Annotated[bool, Field(description="Whole and checked: jobs may name it.")]
     expires_at: Annotated[
-        datetime, Field(description="When it is deleted, unless it is added to, or a job uses it, before.")
+        datetime, Field(description="When it is deleted, unless it is sent again, added to, or used by a job before.")
     ]
 
 
@@ -166,6 +172,7 @@ class JobLinks(BaseModel):
     """Where to go from here; ``null`` where there is nothing to be had (yet)."""
 
     self: str
+    page: Annotated[str | None, Field(description="The job's page, for people.")] = None
     events: str
     cancel: str | None = None
     report: str | None = None
@@ -177,6 +184,13 @@ class JobDocument(BaseModel):
     """A job as the API tells of it."""
 
     id: str
+    name: Annotated[
+        str,
+        Field(
+            description="What to call it: its model's file name, else the architecture, else the beginning of the "
+            "model's digest."
+        ),
+    ] = ""
     state: JobState
     stage: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
+from aquant_core.config_reading import faults_of, repeated_key
 from service.artifacts import Artifacts, Stored
 from service.jobs.announcement import announce
 from service.jobs.errors import (
@@ -31,7 +32,7 @@ from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
-from service.jobs.schemas import WebhookRequest
+from service.jobs.schemas import UploadName, WebhookRequest
 from service.jobs.states import Device, JobState
 from service.jobs.uploads import UploadRepository
 from service.jobs.webhooks import new_webhook
@@ -41,7 +42,6 @@ from service.tracing import carrier
 
 log = logging.getLogger(__name__)
 
-UploadName = Literal["model", "calibration", "evaluation"]
 FORM_REMEDY = (
     "Send multipart/form-data with the files `model` and `calibration`, optionally `evaluation`, and the "
     "field `config` (JSON)."
@@ -49,6 +49,7 @@ FORM_REMEDY = (
 CONFIG_REMEDY = (
     "Only weight_bits and activation_bits are required, or a target; /docs has the schema (QuantizationConfig)."
 )
+TWICE_REMEDY = "Say it once: which of the two was meant cannot be told."
 UPLOADS: tuple[UploadName, ...] = get_args(UploadName)
 
 
@@ -225,20 +226,15 @@ def read_config(text: bytes) -> QuantizationConfig:
     """The job's configuration.
 
     Raises:
-        ConfigError: it is not JSON, or holds something the core does not take; all faults are named.
+        ConfigError: it is not JSON, names a key twice, or holds something the core does not take; all faults are named.
     """
     try:
-        return QuantizationConfig.model_validate_json(text)
+        config = QuantizationConfig.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"The configuration is not valid: {faults_of(error, 'config')}.", CONFIG_REMEDY) from error
-
-
-def faults_of(error: ValidationError, whole: str = "the whole") -> str:
-    """Every fault of a document, with its place; ``whole`` names the document itself."""
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or whole}: {_plain(fault['type'], fault['msg'])}"
-        for fault in error.errors(include_url=False, include_context=False)
-    )
+        raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
+    if (twice := repeated_key(text)) is not None:
+        raise ConfigError(f'The configuration names "{twice}" twice.', TWICE_REMEDY)
+    return config
 
 
 def _take(uploads: UploadRepository, references: Mapping[UploadName, str]) -> dict[UploadName, Stored]:
@@ -265,7 +261,3 @@ def _digest_of_request(submission: Submission, job: JobRecord) -> str:
 
 def _digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(kind: str, message: str) -> str:
-    return "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")

@@ -14,11 +14,11 @@ from itertools import accumulate
 from typing import Literal
 
 from sqlalchemy import select, update
-from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.jobs.records import TallyRecord
+from service.jobs.rows import changed
 
 What = Literal["job", "block", "retry"]
 
@@ -81,11 +81,5 @@ class Tallies:
         return list(found.values())
 
     def _increase(self, key: dict[str, str], seconds: float) -> bool:
-        result = self._session.execute(
-            update(TallyRecord)
-            .filter_by(**key)
-            .values(count=TallyRecord.count + 1, seconds=TallyRecord.seconds + seconds)
-            .execution_options(synchronize_session=False)
-        )
-        assert isinstance(result, CursorResult)
-        return result.rowcount == 1
+        more = {"count": TallyRecord.count + 1, "seconds": TallyRecord.seconds + seconds}
+        return changed(self._session, update(TallyRecord).filter_by(**key).values(more))

@@ -11,8 +11,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
-from sqlalchemy.engine import CursorResult
+from sqlalchemy import ColumnElement, delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -20,6 +19,7 @@ from service.jobs.errors import ContentRangeError, UploadInUseError, UploadNotFo
 from service.jobs.owners import Account
 from service.jobs.records import ArtifactRecord, UploadPieceRecord, UploadRecord
 from service.jobs.repository import now
+from service.jobs.rows import changed, known
 from service.settings import Settings
 
 
@@ -83,13 +83,9 @@ class UploadRepository:
 
     def advance(self, upload: UploadRecord, size: int, key: str) -> bool:
         """Add a piece of ``size`` bytes at the end; False if another request did so meanwhile, or it is gone."""
-        moved = self._session.execute(
-            update(UploadRecord)
-            .where(*_same(upload), UploadRecord.offset == upload.offset, UploadRecord.key.is_(None))
-            .values(offset=upload.offset + size, touched_at=now())
-            .execution_options(synchronize_session=False)
-        )
-        if not _changed(moved):
+        here = (*_same(upload), UploadRecord.offset == upload.offset, UploadRecord.key.is_(None))
+        moved = update(UploadRecord).where(*here).values(offset=upload.offset + size, touched_at=now())
+        if not changed(self._session, moved):
             return False
         self._session.add(UploadPieceRecord(upload_id=upload.id, start=upload.offset, size=size, key=key))
         self._session.flush()
@@ -102,19 +98,14 @@ class UploadRepository:
 
     def complete(self, upload: UploadRecord, key: str) -> bool:
         """Say where the whole file is, which ends its pieces; False if another request did so, or it is gone."""
-        moved = self._session.execute(
-            update(UploadRecord)
-            .where(*_same(upload), UploadRecord.key.is_(None))
-            .values(key=key, touched_at=now())
-            .execution_options(synchronize_session=False)
-        )
-        if not _changed(moved):
+        completed = update(UploadRecord).where(*_same(upload), UploadRecord.key.is_(None))
+        if not changed(self._session, completed.values(key=key, touched_at=now())):
             return False
         self._session.execute(delete(UploadPieceRecord).where(UploadPieceRecord.upload_id == upload.id))
         return True
 
     def use(self, sha256: str) -> UploadRecord | None:
-        """The complete upload of this digest, kept from expiring and from being deleted until the transaction ends."""
+        """The complete upload of this digest, touched, and kept from being deleted until the transaction ends."""
         return self._session.scalar(
             update(UploadRecord)
             .where(UploadRecord.id == self._id(sha256), UploadRecord.key.is_not(None))
@@ -125,13 +116,7 @@ class UploadRepository:
 
     def give_up(self, upload: UploadRecord) -> bool:
         """Remove an upload that is not complete; whether it was there."""
-        return _changed(
-            self._session.execute(
-                delete(UploadRecord)
-                .where(*_same(upload), UploadRecord.key.is_(None))
-                .execution_options(synchronize_session=False)
-            )
-        )
+        return changed(self._session, delete(UploadRecord).where(*_same(upload), UploadRecord.key.is_(None)))
 
     def delete(self, sha256: str) -> UploadRecord:
         """Remove an upload that no job uses.
@@ -149,7 +134,33 @@ class UploadRepository:
         return self._session.get(UploadRecord, self._id(sha256), populate_existing=True)
 
     def _id(self, sha256: str) -> str:
-        return hashlib.sha256(f"{self._owner or ''}\0{sha256}".encode()).hexdigest()[:32]
+        return _id_of(self._owner, sha256)
+
+
+def adopt(session: Session, owner: str) -> int:
+    """Give an owner the uploads that were sent while there were no keys; how many those are.
+
+    Of what the owner has sent already, nobody's stays as it is, and expires once no job uses it.
+    """
+    nobodys = select(UploadRecord).where(UploadRecord.owner.is_(None)).with_for_update()
+    adopted = 0
+    for upload in session.scalars(nobodys).all():
+        own_id = _id_of(owner, upload.sha256)
+        if session.scalar(select(UploadRecord.id).where(UploadRecord.id == own_id)) is not None:
+            continue
+        own = UploadPieceRecord.upload_id == upload.id
+        pieces = [
+            {"upload_id": own_id, "start": piece.start, "size": piece.size, "key": piece.key}
+            for piece in session.scalars(select(UploadPieceRecord).where(own))
+        ]
+        session.execute(delete(UploadPieceRecord).where(own).execution_options(synchronize_session=False))
+        moved = update(UploadRecord).where(*_same(upload)).values(id=own_id, owner=owner)
+        session.execute(moved.execution_options(synchronize_session=False))
+        if pieces:
+            session.execute(insert(UploadPieceRecord), pieces)
+        session.expunge(upload)  # as it was
+        adopted += 1
+    return adopted
 
 
 def expired(session: Session, before: datetime, limit: int) -> Sequence[UploadRecord]:
@@ -162,26 +173,19 @@ def delete_unused(session: Session, upload: UploadRecord) -> bool:
     """Remove an upload as it was read, unless a job has come to use it; whether it was removed."""
     # A job that is being submitted changes the row, too (`use`). So it is either seen by the second statement, which
     # on PostgreSQL sees what was committed before it began, or finds the row gone.
-    held = session.execute(
-        update(UploadRecord)
-        .where(*_same(upload), UploadRecord.touched_at == upload.touched_at)
-        .values(touched_at=UploadRecord.touched_at)
-        .execution_options(synchronize_session=False)
-    )
-    if not _changed(held):
+    as_read = update(UploadRecord).where(*_same(upload), UploadRecord.touched_at == upload.touched_at)
+    if not changed(session, as_read.values(touched_at=UploadRecord.touched_at)):
         return False
-    unused = delete(UploadRecord).where(*_same(upload), ~_used())
-    return _changed(session.execute(unused.execution_options(synchronize_session=False)))
+    return changed(session, delete(UploadRecord).where(*_same(upload), ~_used()))
 
 
 def known_places(session: Session, places: Sequence[str]) -> set[str]:
     """Those of the folders that belong to an upload."""
-    pieces = (places[start : start + 500] for start in range(0, len(places), 500))  # parameters are limited
-    return {
-        place
-        for piece in pieces
-        for place in session.scalars(select(UploadRecord.place).where(UploadRecord.place.in_(piece)))
-    }
+    return known(session, UploadRecord.place, places)
+
+
+def _id_of(owner: str | None, sha256: str) -> str:
+    return hashlib.sha256(f"{owner or ''}\0{sha256}".encode()).hexdigest()[:32]
 
 
 def _same(upload: UploadRecord) -> tuple[ColumnElement[bool], ...]:
@@ -191,8 +195,3 @@ def _same(upload: UploadRecord) -> tuple[ColumnElement[bool], ...]:
 
 def _used() -> ColumnElement[bool]:
     return exists().where(ArtifactRecord.key == UploadRecord.key).correlate(UploadRecord)
-
-
-def _changed(result: object) -> bool:
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1

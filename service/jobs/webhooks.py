@@ -16,12 +16,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from urllib.parse import urlsplit
 
 from sqlalchemy import select, update
-from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session
 
 from service.jobs.errors import WebhookRefusedError
 from service.jobs.records import JobRecord, WebhookRecord
 from service.jobs.repository import now
+from service.jobs.rows import changed
 from service.jobs.schemas import WebhookRequest
 from service.jobs.states import FINISHED
 
@@ -120,14 +120,10 @@ def claim_due(session: Session, limit: int, hold: timedelta) -> Sequence[JobReco
 
 
 def _claim(session: Session, webhook: WebhookRecord, until: datetime) -> bool:
-    result = session.execute(
-        update(WebhookRecord)
-        .where(WebhookRecord.job_id == webhook.job_id, WebhookRecord.due_at == webhook.due_at)
-        .values(due_at=until, tries=WebhookRecord.tries + 1)
-        .execution_options(synchronize_session=False)
+    as_read = update(WebhookRecord).where(
+        WebhookRecord.job_id == webhook.job_id, WebhookRecord.due_at == webhook.due_at
     )
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    return changed(session, as_read.values(due_at=until, tries=WebhookRecord.tries + 1))
 
 
 def note_delivered(session: Session, job_id: str) -> None:

@@ -94,7 +94,7 @@ def curve_of(job: JobDocument) -> Markup | None:
     """The loss of the block under way."""
     if job.progress.curve is None:
         return None
-    return loss_plot(job.progress.curve, str(job.progress.block), "loss")
+    return loss_plot(job.progress.curve, job.progress.iterations, str(job.progress.block), "loss")
 
 
 def in_short(job: JobDocument) -> str:

@@ -22,6 +22,10 @@ STATIC: Mapping[str, tuple[str, str]] = {
     "page.css": (f"{__package__}.static", "text/css"),
     "page.js": (f"{__package__}.static", "text/javascript"),
     "icon.svg": (f"{__package__}.static", "image/svg+xml"),
+    "swagger-ui.css": ("fastapi_swagger.resources", "text/css"),
+    "swagger-ui-bundle.js": ("fastapi_swagger.resources", "text/javascript"),
+    "docs.css": (f"{__package__}.static", "text/css"),
+    "docs.js": (f"{__package__}.static", "text/javascript"),
 }
 """Where each static file lies, and its type."""
 
@@ -49,7 +53,8 @@ def render(template: str, **values: Any) -> str:
 def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
     name = NAMES.get(config.method, config.method)
-    return f"{name}, W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
+    widths = "bits by target" if config.target else f"W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
+    return f"{name}, {widths}{', dry run' if config.dry_run else ''}"
 
 
 def about(seconds: float) -> str:

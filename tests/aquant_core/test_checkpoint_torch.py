@@ -18,7 +18,7 @@ from aquant_core import checkpoint, checkpoint_torch, quantizers
 from aquant_core.architectures import build
 from aquant_core.checkpoint_torch import load
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.errors import CheckpointError
+from aquant_core.errors import CheckpointError, DeviceError
 from aquant_core.evaluation import logits_digest, logits_of
 from aquant_core.images import ImageSet
 from aquant_core.model import QuantizedModel
@@ -134,6 +134,11 @@ def test_what_numpy_reads_is_the_network_s(tmp_path: Path) -> None:
             if layer.border is not None and layer.border.alpha is not None:
                 assert np.array_equal(row.alpha, layer.border.alpha.numpy())
         assert stored.constants == {}
+
+
+def test_a_device_that_is_not_there_is_named_before_the_file_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="CUDA devices are usable"):
+        load(tmp_path / "absent", torch.cuda.device_count())
 
 
 def test_a_network_on_another_device(saved: Path) -> None:

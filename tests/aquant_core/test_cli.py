@@ -191,8 +191,23 @@ def test_programs_are_told_in_json(folder: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "path": str(tmp_path / "q"),
         "bytes": (tmp_path / "q").stat().st_size,
-        **{name: report[name] for name in ("accuracy", "fidelity", "size", "warnings")},
+        **{name: report[name] for name in ("accuracy", "fidelity", "size", "target", "warnings")},
     }
+
+
+@pytest.mark.parametrize(("drop", "told"), [("100", "holds"), ("0", "does not hold, nor did any")])
+def test_what_came_of_a_target_is_told(drop: str, told: str, folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=(400, 1, 12, 12)).astype(np.float32))
+    two = {"weight_bits": 2, "activation_bits": 2}
+    config = json.dumps({"sensitivity": False, "layers": {"conv": two, "fc": two}})  # nothing is left to raise
+    done = run("quantize", folder / "float.onnx", "--calibration", folder / "images.npy", "--evaluation",
+               tmp_path / "noise.npy", "--target", drop, "--method", "nearest", "--preset", "smoke", "--config", config,
+               "-o", tmp_path / "q", "--report", tmp_path / "report.json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    target = json.loads((tmp_path / "report.json").read_text())["target"]
+    bits = target["candidates"][target["chosen"]]["mean_weight_bits"]
+    line = f"target     {drop} points lost at most: {target['drop']:.2f} with {bits:.2f} bits a weight {told}"
+    assert any(printed.startswith(line) for printed in done.stdout.splitlines()), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -202,6 +217,8 @@ def test_programs_are_told_in_json(folder: Path, tmp_path: Path) -> None:
         (["--config", "text"], 2, "text is neither JSON nor a file of it"),
         (["--config", "absent.json"], 2, "absent.json is neither JSON nor a file of it"),
         (["--config", '{"seed": }'], 2, "neither JSON nor a file of it"),
+        (["--config", '{"seed": 1, "seed": 2}'], 2, 'names "seed" twice'),
+        (["--target", "101"], 2, "less than or equal to 100"),
         (["-o", "absent/q"], 2, "there is no folder"),
         (["--report", "absent/report.json"], 2, "there is no folder"),
         (["--device", "cuda:99"], 2, "CUDA devices"),
@@ -242,9 +259,9 @@ def test_a_bad_configuration_is_told_in_a_line(folder: Path, tmp_path: Path) -> 
     arguments = ["--calibration", folder / "images.npy", "--weight-bits", 9, "--activation-bits", 4]
     done = aquant(tmp_path, "quantize", folder / "float.onnx", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "The configuration is not valid: weight_bits: Value error, must be 2 to 8, or 32 for float; got 9.\n"
+    assert done.stderr == (
+        "The configuration is not valid: weight_bits: must be 2 to 8, or 32 for float; got 9. "
+        "Change what is named; the README has every key, --help the options.\n"
     )
 
 
@@ -270,11 +287,13 @@ def test_without_the_core_s_extra_they_say_what_to_install(tmp_path: Path) -> No
     assert done.stderr == "`aquant eval` needs torch: pip install 'aquant-service[core]'.\n"
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.safetensors"
     arguments = [folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--dry-run", "-o", output]
+    arguments += ["--report", tmp_path / "plan.html"]
     result = run("quantize", *arguments)
     assert result.exit_code == 0, result.output
     planned = json.loads(result.stdout)
     assert (planned["dry_run"], planned["other_bits"]) == (True, ["conv", "fc"])
+    assert "what it would take" in (tmp_path / "plan.html").read_text()
     assert not output.exists()

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import typer
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 import aquant_core
 from aquant_core.cli import export
+from aquant_core.model import QuantizedModel
+from aquant_core.onnx_agreement import compare
 
 ROOT = Path(__file__).parents[2]
 app = typer.Typer()
@@ -41,11 +44,25 @@ def test_writes_and_compares(checkpoint: Path, tmp_path: Path) -> None:
     assert f"{output.stat().st_size:,} bytes" in done.output
     assert "16 images in onnxruntime: 0 of" in done.output
     assert "16 predictions are the same" in done.output
-    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert done.stderr == "reading\nwriting\ncomparing with onnxruntime\n"
+    quiet = CliRunner().invoke(app, [*command, "--json"])
+    assert quiet.stderr == ""
+    found = json.loads(quiet.stdout)
     assert (found["path"], found["bytes"]) == (str(output), output.stat().st_size)
     assert (found["agreement"]["images"], found["agreement"]["share_differing"]) == (16, 0)
     aquant_core.write_onnx(aquant_core.load(checkpoint), tmp_path / "again.onnx")
     assert output.read_bytes() == (tmp_path / "again.onnx").read_bytes()
+
+
+def test_how_far_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    model, told = aquant_core.load(checkpoint), []
+    aquant_core.write_onnx(model, tmp_path / "q.onnx", lambda done, count: told.append((done, count)))
+    assert told == [(done, 4) for done in range(4)]
+    told.clear()
+    assert isinstance(model, QuantizedModel)
+    images = torch.rand(60, 1, 6, 6)
+    compare(model, onnx.load(tmp_path / "q.onnx"), images, lambda done, count: told.append((done, count)))
+    assert told == [(0, 60), (50, 60)]
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_written(checkpoint: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -22,7 +21,6 @@ from aquant_core.config import (
     ProtocolName,
     QuantizationConfig,
     Target,
-    read_configuration,
 )
 
 ALLOWED_BITS = {2, 3, 4, 5, 6, 7, 8, 32}
@@ -273,21 +271,6 @@ def test_methods_to_compare() -> None:
 def test_no_method_runs_twice(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ValidationError, match=f'compare: "{name}" would run twice'):
         QuantizationConfig.model_validate(W2A2 | changes)
-
-
-def test_options_go_over_what_is_given_as_text_or_as_a_file(tmp_path: Path) -> None:
-    text = '{"weight_bits": 2, "seed": 1}'
-    (tmp_path / "config.json").write_text(text)
-    options = {"seed": 5, "method": None}
-    for source in (text, "  " + text, str(tmp_path / "config.json")):
-        assert read_configuration(source, options) == {"weight_bits": 2, "seed": 5}
-    assert read_configuration(None, options) == {"seed": 5}
-    for wrong in ("[1]", "{", str(tmp_path), str(tmp_path / "absent")):
-        with pytest.raises(ValueError, match="neither JSON nor a file of it"):
-            read_configuration(wrong, options)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds a list, not an object"):
-        read_configuration(str(tmp_path / "config.json"), options)
 
 
 def test_borders_are_stored_in_16_bits_or_8() -> None:

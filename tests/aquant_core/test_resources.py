@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from aquant_core.resources import PeakMemory, Resources, available_bytes, resident_bytes
+from aquant_core.errors import DeviceError
+from aquant_core.resources import PeakMemory, Resources, available_bytes, resident_bytes, usable_device
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -27,6 +28,16 @@ needs_reset = pytest.mark.skipif(not peak_can_be_reset(), reason="/proc/self/cle
 
 def allocate_and_free(mebibytes: int) -> None:
     torch.ones(mebibytes * MIB // 4)
+
+
+def test_devices_that_are_not_there_are_named() -> None:
+    assert usable_device("cpu") == usable_device(CPU) == CPU
+    absent = torch.cuda.device_count()
+    for device in (absent, f"cuda:{absent}", torch.device("cuda", absent)):
+        with pytest.raises(DeviceError, match=rf"'cuda:{absent}' is not there: {absent} CUDA devices .* \"cpu\""):
+            usable_device(device)
+    with pytest.raises(DeviceError, match=r"'gpu' is no device\. Choose"):
+        usable_device("gpu")
 
 
 @needs_reset

@@ -14,15 +14,17 @@ import aquant_core
 from aquant_core import runtime
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
+from aquant_core.errors import DeviceError, ImageSetError
 from aquant_core.fold import fold_batch_norm
 from aquant_core.graph import Node
-from aquant_core.images import ImageSet
+from aquant_core.images import ImageSet, named_if_unfit
 from aquant_core.model import QuantizedModel, quantize_to_nearest
 from aquant_core.pipeline import quantize
 from aquant_core.runtime import IntegerModel, fused_nodes
 from cupy_kernels.packing import route_of
 
 IMAGES = torch.rand(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+ABSENT = torch.cuda.device_count()
 
 
 class Net(nn.Module):
@@ -162,12 +164,41 @@ def test_refusals() -> None:
         IntegerModel(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Layer 'stem': scale is torch\.float64; a layer is packed from its float32"):
         IntegerModel(learned().double())
-    network = IntegerModel(model)
-    for images in (IMAGES[0], (IMAGES * 255).to(torch.uint8)):
-        with pytest.raises(ValueError, match=r"images must be floating point \(N, C, H, W\), not torch\."):
+    with pytest.raises(DeviceError, match=f"Device 'cuda:{ABSENT}' is not there"):
+        IntegerModel(model, device=ABSENT)
+
+
+@pytest.mark.parametrize(
+    ("images", "named"),
+    [
+        (IMAGES[0], r"torch.float32 \(3, 12, 12\)"),
+        ((IMAGES * 255).to(torch.uint8), r"torch.uint8 \(16, 3, 12, 12\)"),
+        (IMAGES[:, :1], r"torch.float32 \(16, 1, 12, 12\)"),
+        (IMAGES[..., :0], r"torch.float32 \(16, 3, 12, 0\)"),
+    ],
+    ids=["one alone", "of integers", "grey", "empty"],
+)
+def test_images_that_the_network_does_not_take_are_named(images: Tensor, named: str) -> None:
+    model = learned()
+    for network in (model, IntegerModel(model)):
+        with pytest.raises(ImageSetError, match=named + r"; the network takes .* with \(C, H, W\) = \(3, 12, 12\)"):
             network(images)
-    with pytest.raises(RuntimeError):
-        IntegerModel(model, device=0 if not torch.cuda.is_available() else 99)(IMAGES)
+
+
+def test_a_network_s_own_type_and_its_own_errors() -> None:
+    model = learned()
+    with pytest.raises(ImageSetError, match=r"torch.float64 .*; the network takes torch.float32"):
+        model(IMAGES.double())
+    assert IntegerModel(model)(IMAGES.double()).dtype == torch.float32
+    assert model(torch.rand(2, 3, 20, 16)).shape == (2, 5)  # it pools over all positions
+    del model.layers["fc"]
+    with pytest.raises(KeyError):
+        model(IMAGES)
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        named_if_unfit((3, 12, None), IMAGES, torch.float32),
+    ):
+        raise RuntimeError("out of memory")
 
 
 def test_autocast_changes_nothing() -> None:

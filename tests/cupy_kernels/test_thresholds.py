@@ -13,20 +13,21 @@ from torch import Tensor
 
 from cupy_kernels import reference, thresholds
 from cupy_kernels.specification import BorderSpecification, Bound, Window
-from cupy_kernels.thresholds import (
-    NoThresholdsError,
-    check_thresholds,
-    codes_of,
-    derive,
-    has_thresholds,
-    search,
-)
+from cupy_kernels.thresholds import NoThresholdsError, check_thresholds, codes_of, derive, search
 
 BITS = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
 HALVES = BITS[~BITS.isnan()].sort().values
 """Every fp16 value, infinities included."""
 
 BY_POSITION = BorderSpecification(7, fused=False)
+
+
+def has_thresholds(border: Tensor, spec: BorderSpecification) -> bool:
+    try:
+        check_thresholds(border, spec)
+    except NoThresholdsError:
+        return False
+    return True
 
 
 def reference_codes(x: Tensor, scale: Tensor, border: Tensor, spec: BorderSpecification) -> Tensor:

@@ -73,7 +73,7 @@ def test_the_example_goes_from_the_form_to_the_checkpoint(
         expect(standing.locator(".facts")).to_contain_text(re.compile(r"iteration 2\d\d of"), timeout=PATIENCE)
         picture(page, pictures, "page-run", "light", 760)
         page.goto("/")
-        picture(page, pictures, "page", "light", 760)
+        picture(page, pictures, "page", "light", 830)
         page.goto(address)
     expect(standing.locator(".state")).to_have_text("Succeeded", timeout=4 * PATIENCE)
     assert page.url == address  # it came by itself

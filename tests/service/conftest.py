@@ -111,6 +111,15 @@ def images() -> bytes:
     return uploads.images()
 
 
+@pytest.fixture
+def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> dict[str, Path]:
+    """Both in a folder, as ``model`` and ``calibration``."""
+    paths = {"model": tmp_path / "net.onnx", "calibration": tmp_path / "images.npz"}
+    for path, content in zip(paths.values(), (onnx_model, images), strict=True):
+        path.write_bytes(content)
+    return paths
+
+
 @pytest.fixture(scope="session")
 def state_dict() -> bytes:
     """A safetensors state dict of nothing in particular."""

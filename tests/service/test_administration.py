@@ -92,7 +92,7 @@ def test_names_that_would_not_be_told_apart_are_refused(name: str, sessions: Ses
 def test_jobs_from_before_can_be_adopted(sessions: Sessions, add_job: Any) -> None:
     jobs = [add_job(), add_job()]
     _, told = run("keys", "create", "laptop", "--owner", "ada", "--adopt")
-    assert "2 jobs" in told
+    assert "2 jobs and 0 uploads" in told
     with sessions() as session:
         assert {session.get_one(JobRecord, job_id).owner for job_id in jobs} == {"ada"}
 

@@ -32,6 +32,10 @@ def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     error = capsys.readouterr().err
     assert "http://127.0.0.1:1" in error
     assert "aquant up" in error
+    assert run(monkeypatch, "show", "x", "--url", "127.0.0.1:1") == 2
+    assert "'127.0.0.1:1' is no address" in capsys.readouterr().err
+    assert run(monkeypatch, "watch", "", "--url", "http://127.0.0.1:1") == 2
+    assert "it is empty" in capsys.readouterr().err
 
 
 def test_bad_bits_are_refused_before_anything_is_sent(
@@ -40,7 +44,9 @@ def test_bad_bits_are_refused_before_anything_is_sent(
     (tmp_path / "m").write_bytes(b"x")
     arguments = ["submit", str(tmp_path / "m"), "--calibration", str(tmp_path / "m")]
     assert run(monkeypatch, *arguments, "--weight-bits", "9", "--activation-bits", "2") == 2
-    assert "weight_bits: Value error, must be 2 to 8" in capsys.readouterr().err
+    assert "weight_bits: must be 2 to 8, or 32 for float; got 9. Change what" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--weight-bits", "2") == 2
+    assert "activation_bits: missing. Give --weight-bits and --activation-bits, or --target." in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from job_rows import MINUTE
+from job_rows import MINUTE, finish, stored
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
@@ -21,6 +20,7 @@ from service.jobs.schemas import Problem
 from service.jobs.states import JobState
 
 CONFIG: dict[str, Any] = {"weight_bits": 2, "activation_bits": 2, "preset": "fast"}
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 BLOCKS = ["stem", "layer1.0", "layer2.0", "layer3.0", "fc"]
 
 
@@ -30,7 +30,6 @@ class PageJobs:
 
     sessions: sessionmaker[Session]
     artifacts: Artifacts
-    folder: Path
     owner: str | None = None
     count: int = 0
 
@@ -70,7 +69,7 @@ class PageJobs:
 
     def go_on(self, job_id: str, iteration: int, block: int = 3) -> None:
         """As the worker's lease writes it; two blocks are finished when it begins."""
-        curve = {"iterations": list(range(10, iteration, 10)), "values": [5 / n for n in range(10, iteration, 10)]}
+        curve = {"iterations": list(range(9, iteration, 10)), "values": [5 / n for n in range(9, iteration, 10)]}
         progress = {
             "method": "aquant", "block": block, "blocks": len(BLOCKS), "iteration": iteration, "iterations": 300,
             "loss": 0.0213, "curve": curve, "eta_seconds": 42.0,
@@ -94,30 +93,13 @@ class PageJobs:
                 repository.renew(claim, MINUTE * 60, "reconstruct", progress, finished)
 
     def end(
-        self, job_id: str, state: JobState, error: Problem | None = None, files: Mapping[str, bytes] | None = None
+        self, job_id: str, state: JobState, error: Problem | None = None, files: Mapping[str, bytes] = NO_FILES
     ) -> str:
-        records = []
-        for name, content in (files or {}).items():
-            path = self.folder / name
-            path.write_bytes(content)
-            stored = self.artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", path)
-            records.append(
-                ArtifactRecord(
-                    job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
-                )
-            )
-        with self.sessions.begin() as session:
-            repository = JobRepository(session)
-            claim = repository.claim(job_id, "worker", MINUTE)
-            assert claim is not None
-            stage = "intake" if state == JobState.FAILED else "save"
-            document = None if error is None else error.model_dump(mode="json")
-            repository.finish(claim, state, stage, document, records)
+        stage = "intake" if state == JobState.FAILED else "save"
+        finish(self.sessions, job_id, state, stage, error, stored(self.artifacts, job_id, files))
         return job_id
 
-    def succeeded(
-        self, report: Mapping[str, Any], more: Mapping[str, bytes] = MappingProxyType({}), **of_job: Any
-    ) -> str:
+    def succeeded(self, report: Mapping[str, Any], more: Mapping[str, bytes] = NO_FILES, **of_job: Any) -> str:
         files = {"report": json.dumps(report).encode(), "checkpoint": b"the checkpoint", **more}
         return self.end(self.queued(**of_job), JobState.SUCCEEDED, files=files)
 

@@ -1,4 +1,4 @@
-"""Reports of real runs on a small network."""
+"""Reports of real runs on a small network, and plans of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.pipeline import quantize
+from aquant_core.planning import plan
+
+SHORT = Preset(12, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
 
 
 class Net(nn.Module):
@@ -31,17 +34,29 @@ class Net(nn.Module):
         return logits
 
 
-def run(labels: bool = True, preset: Preset | None = None, **changes: Any) -> dict[str, Any]:
-    """A real run's report, as it is written."""
+def _given(labels: bool) -> tuple[nn.Module, ImageSet, ImageSet]:
+    """Network, calibration and evaluation images."""
     torch.manual_seed(0)
     net = Net().eval()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(60, 3, 12, 12, generator=generator) + torch.randn(60, 3, 1, 1, generator=generator)
-    classes = torch.randint(5, (60,), generator=generator)
-    calibration = ImageSet(images[:40], classes[:40] if labels else None)
-    evaluation = ImageSet(images[40:], classes[40:] if labels else None)
+    classes = torch.randint(5, (60,), generator=generator) if labels else None
+    calibration = ImageSet(images[:40], None if classes is None else classes[:40])
+    return net, calibration, ImageSet(images[40:], None if classes is None else classes[40:])
+
+
+def run(labels: bool = True, preset: Preset | None = None, **changes: Any) -> dict[str, Any]:
+    """A real run's report, as it is written."""
+    net, calibration, evaluation = _given(labels)
     config = {"weight_bits": 2, "activation_bits": 2, **changes}
-    preset = preset or Preset(12, 8, border_rate=3e-2, scale_rate=1e-3, rounding_rate=3e-2)
-    result = quantize(net, calibration, config, evaluation, preset=preset)
+    result = quantize(net, calibration, config, evaluation, preset=preset or SHORT)
     report: dict[str, Any] = json.loads(json.dumps(result.report, allow_nan=False))
     return report
+
+
+def planned(**changes: Any) -> dict[str, Any]:
+    """A real plan of the same, as it is written."""
+    net, calibration, evaluation = _given(labels=True)
+    config = {"weight_bits": 2, "activation_bits": 2, "dry_run": True, **changes}
+    document: dict[str, Any] = json.loads(json.dumps(plan(net, calibration, config, evaluation, preset=SHORT)))
+    return document

@@ -10,7 +10,8 @@ from worker.curve import MOST, RunningCurve
 
 
 def step(iteration: int, loss: float | None, block: int = 1, method: str = "aquant") -> Progress:
-    return Progress("reconstruct", block, 5, iteration, 10_000, loss, method=method)
+    """Progress counts from 1, a curve from 0."""
+    return Progress("reconstruct", block, 5, iteration + 1, 10_000, loss, method=method)
 
 
 @given(st.integers(2, 1000))

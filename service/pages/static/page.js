@@ -110,16 +110,17 @@ function over(form, event) {
 
 function send(form, event) {
   event.preventDefault();
-  const [button, bar, words] = [form.querySelector("button.main"), form.querySelector("#sent"), form.querySelector("#sending")];
+  const [buttons, bar, words] = [form.querySelectorAll("button"), form.querySelector("#sent"), form.querySelector("#sending")];
+  const said = new FormData(form, event.submitter); // before the buttons are disabled
   const refused = document.getElementById("refused");
   const request = new XMLHttpRequest(); // fetch() does not tell how much of a body is sent
   const end = (text) => {
-    button.disabled = false;
+    for (const button of buttons) button.disabled = false;
     bar.hidden = true;
     words.textContent = text;
   };
   refused.replaceChildren();
-  button.disabled = true;
+  for (const button of buttons) button.disabled = true;
   bar.hidden = false;
   bar.value = 0;
   words.textContent = "Uploading";
@@ -144,7 +145,7 @@ function send(form, event) {
   request.addEventListener("error", () => end("The connection was lost; nothing was submitted. Try again."));
   request.open("POST", form.action);
   request.responseType = "document";
-  request.send(new FormData(form));
+  request.send(said);
 }
 
 const form = document.getElementById("submission");

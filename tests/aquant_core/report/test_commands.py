@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.report.commands import Sources, brief, repeat
+from service.client.exchanges import DEFAULT_URL
 
 CONFIGS = st.fixed_dictionaries(
     {"weight_bits": st.sampled_from([2, 4, 8, 32]), "activation_bits": st.sampled_from([2, 3, 32])},
@@ -60,3 +63,13 @@ def test_files_are_named_and_quoted(evaluation: str | None) -> None:
     assert "model=@a b.onnx" in form
     assert ("evaluation=@my images.npz" in form) == (evaluation is not None)
     assert json.loads(form[2].removeprefix("config="))["weight_bits"] == 2
+
+
+@pytest.mark.parametrize("url", [None, "https://quant.example.org"])
+def test_the_request_goes_where_the_command_line_asks(url: str | None) -> None:
+    curl = repeat(QuantizationConfig(weight_bits=2, activation_bits=2), Sources("it's.onnx"))["curl"]
+    environment = {"PATH": os.environ["PATH"]} | ({} if url is None else {"AQUANT_URL": url})
+    program = ["sh", "-c", f'curl() {{ printf "%s\\n" "$@"; }}; {curl}']
+    words = subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    assert words[-1] == f"{url or DEFAULT_URL}/jobs"
+    assert "model=@it's.onnx" in words

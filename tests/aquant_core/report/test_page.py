@@ -234,9 +234,51 @@ def test_numbers_that_were_not_finite(report: dict[str, Any]) -> None:
     Page(render(report))
 
 
+def test_a_plan_says_whether_it_fits_and_what_it_takes() -> None:
+    plan = reports.planned(compare=["qdrop", "nearest"], layers={"second": {"weight_bits": 4}})
+    peak = plan["forecast"]["peak_bytes"]
+    for budget, words in ((2 * peak, "It fits"), (peak // 2, "It does not fit"), (None, "up to")):
+        plan["budget_bytes"] = budget
+        page = Page(render(plan))
+        assert words in page.shown
+        assert ("fit" in page.shown) == (budget is not None)
+    assert "AQuant, 2-bit weights, 2-bit activations: what it would take" in page.shown
+    assert "for 3 methods together" in page.shown
+    assert "3 at other bits than asked for" in page.shown
+    chosen = re.findall(r'<tr class="chosen"><th scope="row">(.*?)</th>', page.text)
+    assert chosen == plan["other_bits"] == ["stem", "second", "fc"]
+    assert page.shown.count("not learned") == sum(not block["learned"] for block in plan["blocks"]) == 1
+    assert '"dry_run"' not in page.shown  # the command starts it
+    assert "aquant quantize MODEL" in page.shown
+    assert page.all("meta")[2]["content"] == content_policy()
+
+
+def test_a_plan_warns_of_what_goes_to_disk() -> None:
+    plan = reports.planned()
+    for block in plan["blocks"]:
+        block["placement"] = "disk"
+    assert f"What {len(plan['blocks'])} blocks are learned from goes to disk" in Page(render(plan)).shown
+
+
+def test_a_plan_of_what_learns_nothing() -> None:
+    page = Page(render(reports.planned(method="nearest", preset="smoke")))
+    assert "Nothing is learned by Rounding to nearest" in page.shown
+    assert "Time of learning" not in page.shown
+
+
+def test_names_in_a_plan_stay_text() -> None:
+    plan = reports.planned()
+    plan["layers"][0]["name"] = plan["blocks"][0]["name"] = plan["warnings"][0] = HOSTILE
+    page = Page(render(plan))
+    assert page.shown.count(HOSTILE) == 3
+    assert "<script>alert" not in page.text
+
+
 def test_what_is_no_report() -> None:
     with pytest.raises(ValidationError):
         render({"seed": 0})
+    with pytest.raises(ValidationError):
+        render({"dry_run": True})
 
 
 def test_text_and_marks_stand_out_in_both_themes() -> None:

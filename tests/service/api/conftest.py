@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from httpx import Client, Response
+from old_reports import old_report
 from page_jobs import PageJobs
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -52,6 +52,26 @@ def make_key(sessions: sessionmaker[Session]) -> MakeKey:
 
 
 @pytest.fixture
-def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts, tmp_path: Path) -> PageJobs:
+def page_jobs(sessions: sessionmaker[Session], artifacts: Artifacts) -> PageJobs:
     """Puts jobs in as a worker would have left them."""
-    return PageJobs(sessions, artifacts, tmp_path)
+    return PageJobs(sessions, artifacts)
+
+
+@pytest.fixture
+def ada(make_key: MakeKey) -> dict[str, str]:
+    """Headers of a user with a key."""
+    return make_key("ada")
+
+
+@pytest.fixture
+def hers(page_jobs: PageJobs, ada: dict[str, str]) -> dict[str, str]:
+    """Ada's jobs, two of them with results."""
+    assert ada
+    page_jobs.owner = "ada"
+    return {
+        "queued": page_jobs.queued(filename="of-ada.onnx"),
+        "running": page_jobs.running(filename="of-ada.onnx"),
+        "succeeded": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
+        "other": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
+        "failed": page_jobs.failed("of-ada", filename="of-ada.onnx"),
+    }

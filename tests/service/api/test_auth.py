@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import servers
+from answers import refused
 from fastapi import FastAPI
-from httpx import Client, Response
+from httpx import Client
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import Request
 
@@ -30,13 +31,6 @@ Serve = Callable[[FastAPI], AbstractContextManager[Client]]
 
 STRANGER = ("203.0.113.7", 40000)
 HERE = ("127.0.0.1", 40000)
-
-
-def refused(answer: Response, status: int, code: str) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    document: dict[str, Any] = answer.json()
-    assert document["code"] == code
-    return document
 
 
 def ask(settings: Settings, method: str = "GET", **changes: Any) -> None:

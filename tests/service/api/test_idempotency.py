@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 from fastapi import FastAPI
 from httpx import Client, Response
-from job_rows import claim
+from job_rows import finish
 from servers import DATABASES, PAIRS
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
@@ -19,8 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.artifacts import Artifacts
 from service.jobs.queue import JobQueue
 from service.jobs.records import IdempotencyRecord
-from service.jobs.repository import JobRepository, now
-from service.jobs.states import JobState
+from service.jobs.repository import now
 from service.main import create_app
 from service.settings import Settings
 
@@ -157,9 +156,7 @@ def test_finished_work_is_reused_when_asked_for(
 ) -> None:
     first = send(web).json()["id"]
     assert send(web, reuse="true").status_code == 202  # it has not finished
-    held = claim(sessions, first)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    finish(sessions, first)
     stored = artifacts.keys("")
     answer = send(web, "a-key", reuse="true", config=json.dumps({**CONFIG, "preset": "fast"}))
     assert (answer.status_code, answer.json()["id"]) == (200, first)
@@ -177,8 +174,6 @@ def test_the_work_of_others_is_not_reused(
     web: Client, send: Send, sessions: sessionmaker[Session], make_key: Callable[..., dict[str, str]]
 ) -> None:
     ada, bob = make_key("ada"), make_key("bob")
-    held = claim(sessions, send(web, headers=ada).json()["id"])
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    finish(sessions, send(web, headers=ada).json()["id"])
     assert send(web, headers=bob, reuse="true").status_code == 202
     assert send(web, headers=ada, reuse="true").status_code == 200

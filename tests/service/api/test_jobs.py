@@ -65,25 +65,54 @@ def test_a_job_may_ask_for_a_device(submit: Submit, queue: JobQueue, sessions: s
     assert "tpu" in refused.json()["detail"]
 
 
+MODEL = b', "model": "sha256:%s"' % (b"0" * 64)
+NAMED_TWICE = (
+    b'{"calibration": "sha256:%s", "config": {"weight_bits": 2, "activation_bits": 2%%s}' % (b"0" * 64) + MODEL + b"%s}"
+)
+"""A job as JSON, with room for more keys in its config and in itself."""
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "code", "words"),
     [
-        ({"config": {**BITS, "weigth_bits": 3}}, 422, "config_invalid", "weigth_bits: unknown key"),
-        ({"config": {**BITS, "border": {"colour": 1}}}, 422, "config_invalid", "border.colour: unknown key"),
+        (
+            {"config": {**BITS, "weigth_bits": 3}},
+            422,
+            "config_invalid",
+            "weigth_bits: unknown key (did you mean weight_b",
+        ),
+        (
+            {"config": {**BITS, "border": {"colour": 1}}},
+            422,
+            "config_invalid",
+            "border.colour: unknown key (there are ",
+        ),
         ({"config": {"weight_bits": 9, "activation_bits": 2}}, 422, "config_invalid", "2 to 8"),
-        ({"config": {"weight_bits": 2}}, 422, "config_invalid", "activation_bits: Field required"),
+        ({"config": {"weight_bits": 2}}, 422, "config_invalid", "activation_bits: missing"),
         ({"config": {**BITS, "protocol": "mqbench"}}, 422, "config_invalid", "protocol: Input should be 'paper', 'q"),
         (
             {"config": {**BITS, "protocol_switches": {"images": "float", "shortcut": "high"}}},
             422,
             "config_invalid",
-            "protocol_switches.shortcut: Input should be 'float' or 'low'; protocol_switches.images: unknown key",
+            "protocol_switches.shortcut: Input should be 'float' or 'low', not \"high\"; protocol_switches.images: ",
         ),
         ({"config": {**BITS, "compare": ["nearest", "gptq"]}}, 422, "config_invalid", "compare.1: Input should be"),
         ({"config": {**BITS, "compare": ["aquant"]}}, 422, "config_invalid", '"aquant" would run twice'),
         ({"config": {"target": {"max_accuracy_drop": -1}}}, 422, "config_invalid", "target.max_accuracy_drop: Input"),
         ({"config": {"target": {"max_accuracy_drop": 1}, "compare": ["qdrop"]}}, 422, "config_invalid", "compare: met"),
         ({"config": "{"}, 422, "config_invalid", "Invalid JSON"),
+        (
+            {"config": '{"seed": 1, "weight_bits": 2, "seed": 2, "activation_bits": 2}'},
+            422,
+            "config_invalid",
+            '"seed" tw',
+        ),
+        (
+            {"config": '{"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {}, "fc": {"weight_bits": 4}}}'},
+            422,
+            "config_invalid",
+            'names "layers.fc" twice',
+        ),
         ({"config": " " * 10_001}, 413, "upload_too_large", "`config` is larger than the 10000"),
         ({"config": None}, 422, "config_invalid", "no field `config`"),
         ({"model": None}, 400, "form_invalid", "no file `model`"),
@@ -155,7 +184,10 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
     ("content_type", "body", "status", "words"),
     [
         ("text/plain", b"{}", 415, "not multipart/form-data"),
-        ("application/json", b"{}", 400, "model: Field required; calibration: Field required; config: Field required"),
+        ("application/json", b"{}", 400, "model: missing; calibration: missing; config: missing"),
+        ("application/json", NAMED_TWICE % (b"", b', "model": null'), 400, "model: Input should be a valid string"),
+        ("application/json", NAMED_TWICE % (b"", MODEL), 400, 'names "model" twice'),
+        ("application/json", NAMED_TWICE % (b', "seed": 1, "seed": 2', b""), 422, 'names "config.seed" twice'),
         ("application/json", b'{"x": ' + b"1" * 10_001, 413, "larger than the 10000 bytes"),
         ("multipart/form-data", b"x", 400, "no boundary"),
         ("multipart/form-data; boundary=b", b"nonsense", 400, "cannot be read"),

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -20,14 +19,13 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from httpx import Client, Response
-from job_rows import claim
+from job_rows import claim, finish, stored
 from sqlalchemy.orm import Session, sessionmaker
 
 import service.api
 from service.api import pages, sign_in
 from service.artifacts import Artifacts
-from service.jobs.records import ArtifactRecord, JobRecord
-from service.jobs.repository import JobRepository
+from service.jobs.records import JobRecord
 from service.jobs.states import JobState
 from service.main import create_app
 from service.settings import Settings
@@ -143,22 +141,7 @@ def world(
     artifacts: Artifacts,
     onnx_model: bytes,
     images: bytes,
-    tmp_path: Path,
 ) -> World:
-    def finish(job_id: str, state: JobState, names: tuple[str, ...] = ()) -> None:
-        records = []
-        for name in names:
-            (tmp_path / name).write_bytes(b'{"of": "ada"}')
-            stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
-            records.append(
-                ArtifactRecord(
-                    job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256
-                )
-            )
-        held = claim(sessions, job_id)
-        with sessions.begin() as session:
-            JobRepository(session).finish(held, state, "save", artifacts=records)
-
     def submit(headers: Headers) -> Response:
         files = {"config": (None, json.dumps(CONFIG)), "model": ("m", onnx_model), "calibration": ("c", images)}
         return web.post("/jobs", files=files, headers=headers)
@@ -168,8 +151,9 @@ def world(
         for job_id in jobs.values():
             session.get_one(JobRecord, job_id).owner = "ada"
     claim(sessions, jobs["running"])
-    finish(jobs["failed"], JobState.FAILED)
-    finish(jobs["succeeded"], JobState.SUCCEEDED, ("checkpoint", "report"))
+    finish(sessions, jobs["failed"], JobState.FAILED)
+    files = dict.fromkeys(("checkpoint", "report"), b'{"of": "ada"}')
+    finish(sessions, jobs["succeeded"], results=stored(artifacts, jobs["succeeded"], files))
     return World(web, make_key("ada"), make_key("bob"), jobs, submit)
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import reports
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from httpx import Client, Response
 from old_reports import old_report
-from page_jobs import PageJobs
-from sqlalchemy.orm import Session, sessionmaker
+from outline import Outline
+from page_jobs import CONFIG, PageJobs
 
 from service.api import pages, sign_in
-from service.jobs.keys import KeyRepository
 from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True
 Headers = dict[str, str]
 OWN = {"Sec-Fetch-Site": "same-origin"}
 NO_JOB = "0123456789abcdef01234567"
-PUBLIC = {"/page/static/{digest}/{name}", "/page/sign-in", "/page/sign-out"}
+PUBLIC = {"/docs", "/page/static/{digest}/{name}", "/page/sign-in", "/page/sign-out"}
 ROUTES = [
     (method, route.path)
     for router in (pages.router, sign_in.router)
@@ -41,49 +41,6 @@ ROUTES = [
 def cookie(bearer: Headers) -> Headers:
     """What a signed-in browser sends from a page of the service."""
     return {"Cookie": f"aquant-key={bearer['Authorization'].removeprefix('Bearer ')}", **OWN}
-
-
-class Outline(HTMLParser):
-    """Tags of a page, its scripts, event handlers and links."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.scripts: list[str | None] = []
-        self.handlers: list[str] = []
-        self.addresses: list[str] = []
-        self.words = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        values = dict(attrs)
-        if tag == "script":
-            self.scripts.append(values.get("src"))
-        self.handlers += [name for name in values if name.startswith("on") or name == "style"]
-        self.addresses += [values[name] or "" for name in ("href", "src", "action") if name in values]
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-@pytest.fixture
-def ada(make_key: Callable[..., Headers]) -> Headers:
-    return make_key("ada")
-
-
-@pytest.fixture
-def hers(page_jobs: PageJobs, ada: Headers) -> dict[str, str]:
-    """Ada's jobs, two of them with results."""
-    assert ada
-    page_jobs.owner = "ada"
-    return {
-        "queued": page_jobs.queued(filename="of-ada.onnx"),
-        "running": page_jobs.running(filename="of-ada.onnx"),
-        "succeeded": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
-        "other": page_jobs.succeeded(old_report(), filename="of-ada.onnx"),
-        "failed": page_jobs.failed("of-ada", filename="of-ada.onnx"),
-    }
 
 
 def all_of(web: Client, bearer: Headers) -> Any:
@@ -177,80 +134,15 @@ def test_a_browser_that_names_its_origin_alone_is_served(web: Client, hers: dict
     assert web.get(f"/jobs/{hers['queued']}", headers=ada).json()["state"] == JobState.CANCELLED
 
 
-def signed_in(web: Client, **fields: str) -> Response:
-    return web.post("/page/sign-in", data=fields, headers=OWN)
-
-
-def test_signing_in_and_out(web: Client, hers: dict[str, str], ada: Headers) -> None:
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert "API key" in web.get("/", follow_redirects=True).text
-    answer = signed_in(web, key=f" {key} ", next=f"/page/jobs/{hers['failed']}")
-    assert (answer.status_code, answer.headers["location"]) == (303, f"/page/jobs/{hers['failed']}")
-    attributes = answer.headers["set-cookie"].replace(f"aquant-key={key}; ", "").lower()
-    assert sorted(attributes.split("; ")) == ["httponly", "path=/", "samesite=strict"]
-    page = web.get("/").text  # the client keeps cookies, as a browser does
-    assert page.count("of-ada.onnx</a>") == len(hers)
-    assert "Sign out" in page
-    assert key not in page
-    out = web.post("/page/sign-out", headers=OWN)
-    assert out.headers["location"] == "/"
-    assert "aquant-key" not in web.cookies
-    assert web.get("/").headers["location"] == "/page/sign-in?next=%2F"
-
-
-def test_over_https_the_cookie_is_for_https_alone(web: Client, ada: Headers) -> None:
-    """As behind a proxy that took the TLS off: the browser still says what it sees."""
-    key = ada["Authorization"].removeprefix("Bearer ")
-    origin = f"https://{web.base_url.host}:{web.base_url.port}"
-    answer = web.post("/page/sign-in", data={"key": key}, headers={"Origin": origin})
-    assert answer.headers["set-cookie"].startswith(f"__Host-aquant-key={key}; ")
-    assert "; Secure" in answer.headers["set-cookie"]
-    both = {"Cookie": f"aquant-key=aquant_of-another; __Host-aquant-key={key}"}
-    assert web.get("/", headers=both).status_code == 200
-
-
-def test_bad_keys_are_refused_in_words(
-    web: Client, ada: Headers, make_key: Callable[..., Headers], sessions: sessionmaker[Session]
-) -> None:
-    def problem(answer: Response) -> str:
-        assert "set-cookie" not in answer.headers
-        return Outline(answer.text).words
-
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert "not one of this service" in problem(signed_in(web, key=key[:-1] + "!"))
-    assert "needs an API key" in problem(signed_in(web, key=""))
-    metrics = make_key("ada", scope="metrics")["Authorization"].removeprefix("Bearer ")
-    assert "is for metrics" in problem(signed_in(web, key=metrics))
-    assert signed_in(web, key="x" * 5000).status_code == 413
-    assert signed_in(web, key=key).status_code == 303
-    with sessions.begin() as session:
-        KeyRepository(session).revoke(key.split("_")[1])
-    assert "was revoked" in web.get("/", follow_redirects=True).text
-    assert "aquant-key" in web.cookies
-    web.post("/page/sign-out", headers=OWN)
-    assert "aquant-key" not in web.cookies
-
-
-@pytest.mark.parametrize(
-    "place", ["https://evil.example/", "//evil.example", "/\\evil.example", "\\\\evil.example", "javascript:1", "/a\nb"]
-)
-def test_signing_in_leads_nowhere_else(web: Client, ada: Headers, place: str) -> None:
-    key = ada["Authorization"].removeprefix("Bearer ")
-    assert signed_in(web, key=key, next=place).headers["location"] == "/"
-    assert web.get("/page/sign-in", params={"next": place}).headers["location"] == "/"
-
-
-def test_without_keys_nobody_signs_in(web: Client) -> None:
-    assert web.get("/").status_code == 200
-    assert web.get("/page/sign-in").headers["location"] == "/"
-    answer = signed_in(web, key="anything")
-    assert answer.headers["location"] == "/"
-    assert "set-cookie" not in answer.headers
-
-
 def test_headers_keep_other_sites_out(web: Client, page_jobs: PageJobs) -> None:
     job_id = page_jobs.running()
-    for path, status in (("/", 200), (f"/page/jobs/{job_id}", 200), (f"/page/jobs/{NO_JOB}", 404)):
+    for path, status in (
+        ("/", 200),
+        ("/docs", 200),
+        ("/errors", 200),
+        (f"/page/jobs/{job_id}", 200),
+        (f"/page/jobs/{NO_JOB}", 404),
+    ):
         answer = web.get(path)
         assert answer.status_code == status
         policy = answer.headers["content-security-policy"]
@@ -270,6 +162,18 @@ def test_static_files_are_kept_for_good_and_renamed_with_their_content(web: Clie
         assert "immutable" in answer.headers["cache-control"]
         digest = address.split("/")[3]
         assert web.get(address.replace(digest, "0" * 16)).status_code == 404
+
+
+def test_the_reference_is_served_from_here(web: Client, ada: Headers) -> None:
+    """Also to those who have no key yet; FastAPI's own pages would fetch their scripts from elsewhere."""
+    assert ada
+    outline = Outline(web.get("/docs").text)
+    assert outline.scripts
+    for address in outline.addresses:
+        assert web.get(address, follow_redirects=True).status_code == 200, address
+    assert outline.handlers == []
+    assert web.get("/redoc").status_code == 404
+    assert web.get("/docs/oauth2-redirect").status_code == 404
 
 
 EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'{{ 7 * 7 }}"
@@ -348,6 +252,7 @@ def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes)
     [
         ({"config": "{"}, 422, "not JSON"),
         ({"config": "[1]"}, 422, "not a JSON object"),
+        ({"config": '{"seed": 1, "seed": 2}'}, 422, "twice"),
         ({"config": '{"colour": 1}'}, 422, "colour: unknown key"),
         ({"weight_bits": "9"}, 422, "weight_bits"),
         ({"device": "tpu"}, 400, "tpu"),
@@ -442,6 +347,39 @@ def test_a_report_that_cannot_be_read_is_no_dead_end(web: Client, page_jobs: Pag
     assert json.loads(web.get(f"/page/jobs/{job_id}/report").text) == {"of": "another time"}
     other = page_jobs.succeeded(old_report())
     assert web.get("/page/compare", params={"job": [job_id, other]}).status_code == 409
+
+
+def test_a_dry_run_shows_its_plan(web: Client, page_jobs: PageJobs) -> None:
+    """It has no checkpoint, and nothing to be compared."""
+    plan = reports.planned()
+    config = {**CONFIG, "dry_run": True}
+    job_id = page_jobs.end(
+        page_jobs.queued(config=config), JobState.SUCCEEDED, files={"report": json.dumps(plan).encode()}
+    )
+    page_jobs.succeeded(old_report())
+    page = web.get(f"/page/jobs/{job_id}")
+    words = re.sub(r"\s+", " ", Outline(page.text).words)
+    assert page.status_code == 200
+    assert "AQuant, W2A2, dry run" in words
+    assert "Peak memory" in words
+    assert "fits: it may take" in words
+    assert plan["warnings"][0] in words
+    addresses = Outline(page.text).addresses
+    assert f"/page/jobs/{job_id}/report" in addresses
+    assert f"/page/jobs/{job_id}/checkpoint" not in addresses
+    assert "what it would take" in web.get(f"/page/jobs/{job_id}/report").text
+    assert web.get(f"/page/jobs/{job_id}/report.json").json() == plan
+    listed = web.get("/").text
+    assert f"tick-{job_id}" not in listed
+    assert "Compare the two ticked" not in listed
+
+
+def test_a_job_without_a_file_name_is_called_by_what_is_known(web: Client, page_jobs: PageJobs) -> None:
+    known = page_jobs.queued("", {**CONFIG, "architecture": "resnet18"})
+    for job_id, name in ((known, "resnet18"), (page_jobs.queued(""), f"sha256:{0:012}")):
+        assert web.get(f"/jobs/{job_id}").json()["name"] == name
+        assert f">{name}</a>" in web.get("/").text
+        assert f"<h1>{name} " in web.get(f"/page/jobs/{job_id}").text
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

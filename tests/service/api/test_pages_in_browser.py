@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import reports
 from browser import Watched
 from httpx import Client
 from old_reports import old_report
-from page_jobs import PageJobs
+from page_jobs import CONFIG, PageJobs
 from playwright.sync_api import Browser, expect
 
 from service.jobs.repository import JobRepository
+from service.jobs.states import JobState
 
 pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
 
@@ -40,25 +43,21 @@ def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
     assert [fault for watched in opened for fault in watched.faults] == []
 
 
-@pytest.fixture
-def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> dict[str, Path]:
-    paths = {"model": tmp_path / "net.onnx", "calibration": tmp_path / "images.npz"}
-    for path, content in zip(paths.values(), (onnx_model, images), strict=True):
-        path.write_bytes(content)
-    return paths
-
-
 def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: PageJobs) -> None:
     running, failed = page_jobs.running(), page_jobs.failed("Operator `Hardmax` cannot be captured.")
     done = [page_jobs.succeeded(old_report()) for _ in range(2)]
     page_jobs.queued()
+    files = {"report": json.dumps(reports.planned()).encode()}
+    planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED, files=files)
     watched = open_page("/", expected=("404", "422"))
     paths = [
         "/",
-        *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0])),
+        *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0], planned)),
+        f"/page/jobs/{planned}/report",
         f"/page/compare?job={done[0]}&job={done[1]}",
         "/page/compare",
         "/page/jobs/none",
+        "/errors",
     ]
     found = []
     for path in paths:
@@ -152,6 +151,15 @@ def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, fi
     expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
 
 
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_forecast_is_asked_for_by_a_button(open_page: Open, files: dict[str, Path], scripts: bool) -> None:
+    page = open_page("/", java_script_enabled=scripts).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_role("button", name="Forecast only").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("net.onnx AQuant, W2A2, dry run")
+
+
 def test_without_scripts_everything_is_there(open_page: Open, files: dict[str, Path], page_jobs: PageJobs) -> None:
     page = open_page("/", java_script_enabled=False).page
     for name, path in files.items():
@@ -223,6 +231,20 @@ def test_uploads_cannot_run_scripts(open_page: Open, page_jobs: PageJobs) -> Non
     assert page.evaluate("window.pwned") is None
 
 
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_call_is_tried_out_in_the_reference(open_page: Open, page_jobs: PageJobs, scheme: str, width: int) -> None:
+    """With everything from here: the fixture fails for a request to elsewhere, and for what the policy forbids."""
+    job_id = page_jobs.queued()
+    page = open_page("/docs", color_scheme=scheme, viewport={"width": width, "height": 800}).page
+    page.locator("#operations-jobs-show_jobs__job_id__get .opblock-summary-control").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_placeholder("job_id").fill(job_id)
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table")).to_contain_text("residual.onnx")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.className") == ("dark-mode" if scheme == "dark" else "")
+
+
 @pytest.mark.parametrize("width", [320, 1280])
 def test_no_page_is_wider_than_the_screen(open_page: Open, page_jobs: PageJobs, width: int) -> None:
     long = "a_rather_long_name_without_any_place_to_break_it_anywhere" * 2 + ".onnx"
@@ -232,6 +254,29 @@ def test_no_page_is_wider_than_the_screen(open_page: Open, page_jobs: PageJobs, 
     for path in ("/", f"/page/jobs/{running}", f"/page/jobs/{done[0]}", f"/page/compare?job={done[0]}&job={done[1]}"):
         page.goto(path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+def test_the_plots_of_a_report_fit_pages_of_every_width(open_page: Open, page_jobs: PageJobs) -> None:
+    """None is cut off, none scrolls, of two drawings for two widths one is shown, and letters stay legible."""
+    job_id = page_jobs.succeeded(reports.run(compare=["qdrop"]))
+    page = open_page(f"/page/jobs/{job_id}/report").page
+    for width in (320, 390, 704, 768, 1024, 1100, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        plots = page.evaluate(
+            """() => [...document.querySelectorAll('.plot')].filter(plot => plot.offsetWidth).map(plot => {
+                const svg = [...plot.querySelectorAll('svg')].filter(svg => svg.getBoundingClientRect().width);
+                const box = svg[0].getBoundingClientRect(), text = svg[0].querySelector('text');
+                const scale = box.width / svg[0].viewBox.baseVal.width;
+                return [svg.length, box.right, plot.getBoundingClientRect().right, plot.scrollWidth - plot.clientWidth,
+                        scale * parseFloat(getComputedStyle(text).fontSize)];
+            })"""
+        )
+        assert len(plots) >= 4
+        for shown, right, end, beyond, letters in plots:
+            assert (shown, beyond) == (1, 0), width
+            assert right <= end + 0.5, width
+            assert letters > 7, width
 
 
 def test_on_paper_there_are_no_buttons(open_page: Open, page_jobs: PageJobs) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import pytest
 import servers
+from answers import refused
 from fastapi import FastAPI
 from httpx import Client, Response
 from sqlalchemy.orm import Session, sessionmaker
@@ -45,13 +45,6 @@ def send(
 def limit(sessions: sessionmaker[Session], owner: str, **limits: int) -> None:
     with sessions.begin() as session:
         OwnerRepository(session).set_limits(owner, **limits)
-
-
-def refused(answer: Response, status: int, code: str) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    document: dict[str, Any] = answer.json()
-    assert document["code"] == code
-    return document
 
 
 def test_jobs_wait_up_to_a_number(

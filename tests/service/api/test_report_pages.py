@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 from httpx import Client
+from job_rows import finish, stored
 from old_reports import old_report
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
@@ -19,9 +18,6 @@ from aquant_core.report.page import content_policy, render
 from service.api.report_pages import prefers_page
 from service.artifacts import Artifacts
 from service.client import Client as ServiceClient
-from service.jobs.records import ArtifactRecord
-from service.jobs.repository import JobRepository
-from service.jobs.states import JobState
 
 on_one_store = pytest.mark.parametrize("storage", PAIRS[:1], indirect=True)  # it has no say in this
 
@@ -51,22 +47,12 @@ def test_who_would_rather_have_a_page(accept: str | None, page: bool) -> None:
 
 
 @pytest.fixture
-def publish(
-    sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
-) -> Callable[[Any], str]:
+def publish(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str]) -> Callable[[Any], str]:
     """A job that succeeded with the report given; its id."""
 
     def add(report: Any) -> str:
-        job_id, path = add_job(), tmp_path / "report.json"
-        path.write_text(json.dumps(report))
-        stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/report.json", path)
-        record = ArtifactRecord(
-            job_id=job_id, name="report", key=stored.key, format="json", size=stored.size, sha256=stored.sha256
-        )
-        with sessions.begin() as session:
-            claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
-            assert claim is not None
-            JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=[record])
+        job_id = add_job()
+        finish(sessions, job_id, results=stored(artifacts, job_id, {"report": json.dumps(report).encode()}))
         return job_id
 
     return add

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from httpx import Client
+from job_rows import finish, stored
 from servers import STORES
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
-from service.jobs.records import ONNX_PROBLEM, ArtifactRecord
+from service.jobs.records import ONNX_PROBLEM
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
-from service.jobs.states import JobState
 
 in_a_folder = pytest.mark.parametrize("storage", STORES[:1], indirect=True)  # decided before a store is asked
 
@@ -25,25 +23,18 @@ ETAG = f'"{hashlib.sha256(BODY).hexdigest()}"'
 
 
 @pytest.fixture
-def finished(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path) -> str:
+def finished(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str]) -> str:
     """The address of a job that succeeded."""
-    job_id, records = add_job(), []
-    for name, data in {"checkpoint": BODY, "onnx": BODY[1:], "report": b'{"seed": 0}'}.items():
-        (tmp_path / name).write_bytes(data)
-        stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", tmp_path / name)
-        records.append(
-            ArtifactRecord(job_id=job_id, name=name, key=stored.key, format="x", size=stored.size, sha256=stored.sha256)
-        )
-    with sessions.begin() as session:
-        claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
-        assert claim is not None
-        JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=records)
+    job_id = add_job()
+    files = {"checkpoint": BODY, "onnx": BODY[1:], "report": b'{"seed": 0}'}
+    finish(sessions, job_id, results=stored(artifacts, job_id, files))
     return f"/jobs/{job_id}"
 
 
 def test_links_lead_to_the_files(web: Client, finished: str) -> None:
     links = web.get(finished).json()["links"]
     assert web.get(links["report"]).json() == {"seed": 0}
+    assert web.get(links["page"]).headers["content-type"].startswith("text/html")
     whole = web.get(links["checkpoint"])
     assert (whole.status_code, whole.content, whole.headers["etag"]) == (200, BODY, ETAG)
     assert whole.headers["content-disposition"].endswith('.safetensors"')
@@ -64,17 +55,11 @@ def test_onnx_is_delivered_as_the_checkpoint_is(web: Client, finished: str) -> N
 
 
 def test_onnx_that_cannot_be_says_why(
-    web: Client, sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
+    web: Client, sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str]
 ) -> None:
-    job_id, path = add_job(), tmp_path / "problem"
-    path.write_text(Problem.of_job("onnx_export_unsupported", "Layer 'fc' is of paper.", "Use glue.").model_dump_json())
-    stored = artifacts.put_file(f"jobs/{job_id}/attempt-1/onnx-problem.json", path)
-    record = ArtifactRecord(name=ONNX_PROBLEM, key=stored.key, format="json", size=stored.size, sha256=stored.sha256)
-    with sessions.begin() as session:
-        claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
-        assert claim is not None
-        record.job_id = job_id
-        JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=[record])
+    job_id = add_job()
+    why = Problem.of_job("onnx_export_unsupported", "Layer 'fc' is of paper.", "Use glue.").model_dump_json()
+    finish(sessions, job_id, results=stored(artifacts, job_id, {ONNX_PROBLEM: why.encode()}))
     assert web.get(f"/jobs/{job_id}").json()["links"]["onnx"] is None
     answer = web.get(f"/jobs/{job_id}/onnx")
     problem = answer.json()

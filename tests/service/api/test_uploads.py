@@ -72,6 +72,7 @@ def test_pieces_make_the_file_also_after_a_restart(
     assert artifacts.get_bytes(key) == DATA
     again = web.put(URL, content=DATA)
     assert (again.status_code, again.json()["complete"]) == (200, True)
+    assert again.json()["expires_at"] > last.json()["expires_at"]
     assert artifacts.keys("uploads") == [key]
 
 
@@ -194,7 +195,8 @@ def test_jobs_name_uploads(
     web: Client, onnx_model: bytes, images: bytes, artifacts: Artifacts, queue: JobQueue
 ) -> None:
     model, calibration = upload(web, onnx_model), upload(web, images)
-    body = {"model": model, "calibration": calibration, "config": CONFIG}
+    names = {"model": "C:\\nets\\net.onnx", "evaluation": "of nothing"}
+    body = {"model": model, "calibration": calibration, "filenames": names, "config": CONFIG}
     by_json = web.post("/jobs", json=body)
     form = {
         "model": (None, model),
@@ -208,8 +210,10 @@ def test_jobs_name_uploads(
         "size": len(onnx_model),
         "sha256": digest_of(onnx_model),
         "format": "onnx",
-        "filename": None,
+        "filename": "net.onnx",
     }
+    assert by_json.json()["name"] == "net.onnx"
+    assert by_form.json()["name"] == model[:19]
     assert by_form.json()["files"].keys() == {"model", "calibration", "evaluation"}
     assert queue.depth("cpu") == 2
     assert len(artifacts.keys("uploads")) == 2
@@ -234,6 +238,7 @@ REFUSED: list[tuple[dict[str, object], int, str]] = [
     ({"config": {**CONFIG, "weight_bits": 9}}, 422, "config_invalid"),
     ({"config": None}, 422, "config_invalid"),
     ({"device": "tpu"}, 400, "form_invalid"),
+    ({"filenames": {"modell": "x"}}, 400, "form_invalid"),
     ({"webhook": {"url": "https://example.com"}}, 400, "form_invalid"),
     ({"webhook": {"url": "http://example.com", "secret": "x"}}, 422, "webhook_refused"),
 ]

@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, hmac
 from fastapi import FastAPI
 from httpx import Client
-from job_rows import claim
+from job_rows import finish
 from servers import DATABASES, PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 from webhook_receiver import Receiver, receiver
@@ -61,12 +61,6 @@ def add_hooked(add_job: Callable[[], str], sessions: sessionmaker[Session]) -> C
         return job_id
 
     return add
-
-
-def finish(sessions: sessionmaker[Session], job_id: str, state: JobState = JobState.SUCCEEDED) -> None:
-    held = claim(sessions, job_id)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, state, "save")
 
 
 def deliver(sessions: sessionmaker[Session], allow: list[Any] = LOOPBACK, rounds: int = 1) -> None:
@@ -265,7 +259,17 @@ def test_the_address_that_was_checked_is_the_one_called(
 
 
 @in_a_folder
-def test_an_absent_receiver(add_hooked: Callable[[str], str], sessions: sessionmaker[Session]) -> None:
+def test_an_absent_receiver(
+    add_hooked: Callable[[str], str], sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host in ("nobody.invalid", b"nobody.invalid"):  # without asking a name server
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     nowhere = add_hooked(f"https://localhost:{port}/")

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from cutting_proxy import CuttingProxy, cutting_proxy
+from job_rows import finish, stored
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.artifacts import Artifacts
 from service.client import AsyncClient, Client
 from service.client import patience as patience_module
-from service.jobs.records import ArtifactRecord
-from service.jobs.repository import JobRepository
-from service.jobs.states import JobState
 
 Connect = Callable[..., Any]
 """Makes a client; an asynchronous one is waited for, so that one test serves both."""
@@ -98,23 +94,12 @@ def client(connect: Connect, proxy: CuttingProxy) -> Any:
 
 
 @pytest.fixture
-def succeeded(
-    sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str], tmp_path: Path
-) -> Callable[..., str]:
+def succeeded(sessions: sessionmaker[Session], artifacts: Artifacts, add_job: Callable[[], str]) -> Callable[..., str]:
     """Makes a job that succeeded, with these files; its id."""
 
     def make(**files: bytes) -> str:
-        job_id, records = add_job(), []
-        for name, data in files.items():
-            path = tmp_path / f"result-{name}"
-            path.write_bytes(data)
-            kept = artifacts.put_file(f"jobs/{job_id}/attempt-1/{name}", path)
-            record = {"job_id": job_id, "name": name, "key": kept.key, "format": "x"}
-            records.append(ArtifactRecord(**record, size=kept.size, sha256=kept.sha256))
-        with sessions.begin() as session:
-            claim = JobRepository(session).claim(job_id, "me", timedelta(minutes=1))
-            assert claim is not None
-            JobRepository(session).finish(claim, JobState.SUCCEEDED, "save", artifacts=records)
+        job_id = add_job()
+        finish(sessions, job_id, results=stored(artifacts, job_id, files))
         return job_id
 
     return make

@@ -10,7 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import AsyncClient, Client, KeyMalformedError, ServiceProblemError, ServiceUnreachableError
+from service.client import (
+    AddressMalformedError,
+    AsyncClient,
+    Client,
+    KeyMalformedError,
+    ServiceProblemError,
+    ServiceUnreachableError,
+)
 
 Connect = Callable[..., Any]
 Outcome = httpx.Response | Exception
@@ -117,6 +124,29 @@ def test_health_is_what_it_is_now(connect: Connect, slept: list[float]) -> None:
 def test_other_servers_are_told_from_the_service(connect: Connect) -> None:
     with pytest.raises(ServiceUnreachableError, match="answered 404 without a problem document"):
         Service(httpx.Response(404, text="<html>")).reached_by(connect).get("x")
+    with pytest.raises(ServiceUnreachableError, match=r"sends on to https://service/jobs/x\. Name the service's own"):
+        Service(httpx.Response(301, headers={"Location": "https://service/jobs/x"})).reached_by(connect).delete("x")
+    for call in ("get", "wait", "report", "cancel", "delete"):
+        with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
+            getattr(Service(httpx.Response(200, text="<html>")).reached_by(connect), call)("x")
+    for call in ("list", "health"):
+        with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
+            getattr(Service(httpx.Response(200, text="{}")).reached_by(connect), call)()
+    with pytest.raises(ServiceUnreachableError, match="a job without its ETag"):
+        Service(httpx.Response(200, json=JOB)).reached_by(connect).wait("x")
+
+
+def test_an_id_is_one_part_of_the_path_whatever_it_holds(connect: Connect) -> None:
+    service = Service(httpx.Response(202, json=JOB))
+    service.reached_by(connect).cancel("../uploads/x?y#z")
+    assert service.requests[0].url.raw_path == b"/jobs/..%2Fuploads%2Fx%3Fy%23z/cancel"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://service", "http://", "http://[::1", "", "http://a:b"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_address_that_is_none_is_refused(kind: type[Client | AsyncClient], url: str) -> None:
+    with pytest.raises(AddressMalformedError, match=r"is no address of a service .* Write it as http://127"):
+        kind(url)
 
 
 @pytest.mark.parametrize("key", ["aquant_a b", "aquant_\r\nX-Other: y", "aquant_\N{SNOWMAN}", "aquant_\x7f"])

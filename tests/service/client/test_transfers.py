@@ -28,14 +28,6 @@ Finished = Callable[..., str]
 
 
 @pytest.fixture
-def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> tuple[Path, Path]:
-    paths = tmp_path / "net.onnx", tmp_path / "images.npz"
-    for path, data in zip(paths, (onnx_model, images), strict=True):
-        path.write_bytes(data)
-    return paths
-
-
-@pytest.fixture
 def big(tmp_path: Path) -> Path:
     path = tmp_path / "big"
     path.write_bytes(DATA)
@@ -94,35 +86,37 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(client: Any, big: Path,
 
 
 def test_a_file_that_is_too_large_or_empty_is_refused(
-    client: Any, settings: Settings, files: tuple[Path, Path], tmp_path: Path
+    client: Any, settings: Settings, files: dict[str, Path], tmp_path: Path
 ) -> None:
     odd = tmp_path / "odd"
     for size, code in ((settings.max_upload_bytes + 1, "upload_too_large"), (0, "upload_empty")):
         odd.write_bytes(bytes(size))
         with pytest.raises(ServiceProblemError) as caught:
-            client.submit(files[0], odd, BITS)
+            client.submit(files["model"], odd, BITS)
         assert caught.value.problem.code == code
 
 
 def test_a_job_is_made_once_though_the_answer_got_lost(
-    client: Any, proxy: CuttingProxy, web: httpx.Client, files: tuple[Path, Path]
+    client: Any, proxy: CuttingProxy, web: httpx.Client, files: dict[str, Path]
 ) -> None:
     proxy.cuts.append(Cut("down", b"POST /jobs"))
-    job = client.submit(*files, BITS, files[1], "cpu")
+    job = client.submit(*files.values(), BITS, files["calibration"], "cpu")
     assert ranges(proxy, b"POST /jobs") == 2
     (made,) = web.get("/jobs").json()["jobs"]
     assert made["id"] == job.id
-    sent = {name: hashlib.sha256(files[name != "model"].read_bytes()).hexdigest() for name in job.files}
+    sent = {name: hashlib.sha256(files.get(name, files["calibration"]).read_bytes()).hexdigest() for name in job.files}
     assert {name: file.sha256 for name, file in job.files.items()} == sent
     assert set(sent) == {"model", "calibration", "evaluation"}
+    names = {"model": "net.onnx", "calibration": "images.npz", "evaluation": "images.npz"}
+    assert {name: file.filename for name, file in job.files.items()} == names
 
 
-def test_an_idempotency_key_of_one_s_own_names_the_job(client: Any, files: tuple[Path, Path]) -> None:
-    first = client.submit(*files, BITS, idempotency_key="nightly")
-    assert client.submit(*files, BITS, idempotency_key="nightly").id == first.id
-    assert client.submit(*files, BITS).id != first.id
+def test_an_idempotency_key_of_one_s_own_names_the_job(client: Any, files: dict[str, Path]) -> None:
+    first = client.submit(*files.values(), BITS, idempotency_key="nightly")
+    assert client.submit(*files.values(), BITS, idempotency_key="nightly").id == first.id
+    assert client.submit(*files.values(), BITS).id != first.id
     with pytest.raises(ServiceProblemError) as caught:
-        client.submit(*files, {**BITS, "seed": 7}, idempotency_key="nightly")
+        client.submit(*files.values(), {**BITS, "seed": 7}, idempotency_key="nightly")
     assert caught.value.problem.code == "idempotency_key_reused"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from job_rows import MINUTE, claim
+from job_rows import MINUTE, finish
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -65,28 +65,29 @@ def aquant(web: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.fixture
-def files(tmp_path: Path, onnx_model: bytes, images: bytes) -> tuple[Path, str, Path]:
-    paths = tmp_path / "net.onnx", tmp_path / "images.npz"
-    for path, data in zip(paths, (onnx_model, images), strict=True):
-        path.write_bytes(data)
-    return paths[0], "--calibration", paths[1]
+def given(files: dict[str, Path]) -> tuple[object, ...]:
+    return files["model"], "--calibration", files["calibration"]
 
 
 def fail(sessions: Sessions, job_id: str) -> None:
-    held = claim(sessions, job_id)
-    error = Problem.of_job("worker_lost", "It is gone.", "Try again.").model_dump()
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.FAILED, "save", error)
+    finish(sessions, job_id, JobState.FAILED, error=Problem.of_job("worker_lost", "It is gone.", "Try again."))
 
 
 @in_a_folder
-def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, files: tuple[object, ...]) -> None:
-    done = aquant("submit", *files, *BITS, "--idempotency-key", "once")
+def test_submit_prints_the_id_or_the_document_and_nothing_else(aquant: Aquant, given: tuple[object, ...]) -> None:
+    done = aquant("submit", *given, *BITS, "--idempotency-key", "once")
     assert done.code == 0
     job_id = done.out.strip()
-    again = aquant("submit", *files, *BITS, "--idempotency-key", "once", "--json")
+    again = aquant("submit", *given, *BITS, "--idempotency-key", "once", "--json")
     assert (again.code, again.document["id"], again.err) == (0, job_id, "")
-    assert aquant("submit", *files, *BITS, "--dry-run", "--json").document["config"]["dry_run"] is True
+    assert aquant("submit", *given, *BITS, "--dry-run", "--json").document["config"]["dry_run"] is True
+
+
+@in_a_folder
+def test_a_target_is_an_option(aquant: Aquant, files: dict[str, Path]) -> None:
+    config = aquant("submit", *given(files), "--target", "0.5", "--config", '{"seed": 3}', "--json").document["config"]
+    assert config["target"] == {"max_accuracy_drop": 0.5}
+    assert (config["weight_bits"], config["activation_bits"], config["seed"]) == (2, 2, 3)
 
 
 @in_a_folder
@@ -94,19 +95,20 @@ def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_jo
     waits, fails, stops, works = (add_job() for _ in range(4))
     fail(sessions, fails)
     assert aquant("cancel", stops).out == "cancelled\n"
-    held = claim(sessions, works)
-    with sessions.begin() as session:
-        JobRepository(session).finish(held, JobState.SUCCEEDED, "save")
+    finish(sessions, works)
     ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
     assert [end.code for end in ends.values()] == [0, 3, 4, 5]
     assert [end.out for end in ends.values()] == [""] * 4
     assert "It is gone. Try again." in ends[fails].err
     assert f"aquant watch {waits}" in ends[waits].err
-    assert aquant("watch", fails, "--json").document["error"]["code"] == "worker_lost"
+    assert ends[works].err == f"{works} succeeded\n"
+    told = aquant("watch", fails, "--json")
+    assert told.document["error"]["code"] == "worker_lost"
+    assert told.err == "It is gone. Try again.\n"
 
 
 @in_a_folder
-def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[object, ...], web: httpx.Client) -> None:
+def test_submit_can_follow(aquant: Aquant, sessions: Sessions, given: tuple[object, ...], web: httpx.Client) -> None:
     def work() -> None:
         while not (jobs := web.get("/jobs").json()["jobs"]):
             time.sleep(0.02)
@@ -114,12 +116,13 @@ def test_submit_can_follow(aquant: Aquant, sessions: Sessions, files: tuple[obje
 
     worker = threading.Thread(target=work)
     worker.start()
-    done = aquant("submit", *files, *BITS, "--watch", "--json")
+    done = aquant("submit", *given, *BITS, "--watch", "--json")
     worker.join()
     assert done.code == 3
     documents = [JobDocument.model_validate_json(line) for line in done.out.splitlines()]
     assert documents[-1].state == "failed"
-    assert "failed" in done.err
+    assert "It is gone" in done.err
+    assert "failed" not in done.err
 
 
 @in_a_folder
@@ -128,10 +131,25 @@ def test_lists_are_lines_or_json(aquant: Aquant, sessions: Sessions, add_job: Ca
     fail(sessions, ids[0])
     lines = aquant("list").out.splitlines()
     assert {line.split()[0] for line in lines} == set(ids)
-    assert all(line.endswith("aquant W2A2") for line in lines)
+    assert all(line.endswith("aquant W2A2 fast") for line in lines)
     page = aquant("list", "--limit", "2", "--json").document
     assert [job["id"] for job in aquant("list", "--page", page["next"], "--json").document["jobs"]] == [ids[0]]
     assert [job["id"] for job in aquant("list", "--state", "failed", "--json").document["jobs"]] == [ids[0]]
+
+
+@in_a_folder
+def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: bytes, images: bytes) -> None:
+    for name, config in (
+        ("net.onnx", {"target": {"max_accuracy_drop": 0.5}, "preset": "paper"}),
+        ("m", {"weight_bits": 4, "activation_bits": 8, "method": "nearest", "dry_run": True}),
+    ):
+        parts = {"config": (None, json.dumps(config)), "model": (name, onnx_model), "calibration": ("c", images)}
+        assert web.post("/jobs", files=parts).status_code == 202
+    second, first = (line.split(" queued ")[1].strip() for line in aquant("list").out.splitlines())
+    assert first == "aquant target 0.5 from W2A2 paper  net.onnx"
+    assert second == "nearest W4A8 fast (dry run)        m"
+    shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
+    assert "network     m\n" in shown
 
 
 @in_a_folder
@@ -183,11 +201,20 @@ def test_progress_is_told_in_a_line(aquant: Aquant, add_job: Callable[[], str], 
     assert aquant("list").err == ""
 
 
-def test_shells_complete() -> None:
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("aquant ch", ["check"]),
+        ("aquant submit --ta", ["--target"]),
+        ("aquant submit --preset s", ["smoke"]),
+        ("aquant submit --method qdrop", ["qdrop", "qdrop_refactored"]),
+    ],
+)
+def test_shells_complete(typed: str, offered: list[str]) -> None:
     """What `aquant --install-completion` makes bash ask."""
     program = "import sys; sys.argv = ['aquant']; from service.cli import main; main()"
-    asked = {"_AQUANT_COMPLETE": "complete_bash", "COMP_WORDS": "aquant ch", "COMP_CWORD": "1"}
+    asked = {"_AQUANT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ, **asked}
     )
-    assert done.stdout.split() == ["check"], done.stderr
+    assert done.stdout.split() == offered, done.stderr

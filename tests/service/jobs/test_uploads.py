@@ -13,7 +13,7 @@ from service.jobs.errors import UploadInUseError, UploadNotFoundError
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
-from service.jobs.uploads import UploadRepository, delete_unused, expired
+from service.jobs.uploads import UploadRepository, adopt, delete_unused, expired
 from service.settings import Settings
 
 pytestmark = pytest.mark.parametrize("storage", DATABASES, indirect=True)
@@ -120,3 +120,29 @@ def test_owners_have_their_own(settings: Settings, sessions: Sessions, add_job: 
             assert uploads.use(NAME) is None
             with pytest.raises(UploadNotFoundError):
                 uploads.get(NAME)
+
+
+def test_nobody_s_can_be_adopted(settings: Settings, sessions: Sessions) -> None:
+    """Those that are complete and those that are not; what the owner has already is left alone."""
+    begun, twice = "b" * 64, "c" * 64
+    complete(sessions, settings)
+    with sessions.begin() as session:
+        nobodys, hers = (UploadRepository(session, settings, owner) for owner in (None, "ada"))
+        assert nobodys.advance(nobodys.begin(begun, 9), 4, "uploads/y/0")
+        places = nobodys.begin(twice, 5).place, hers.begin(twice, 5).place
+    with sessions.begin() as session:
+        assert adopt(session, "ada") == 2
+    with sessions.begin() as session:
+        nobodys, hers = (UploadRepository(session, settings, owner) for owner in (None, "ada"))
+        for name in (NAME, begun):
+            with pytest.raises(UploadNotFoundError):
+                nobodys.get(name)
+        assert (nobodys.get(twice).place, hers.get(twice).place) == places
+        used = hers.use(NAME)
+        assert used is not None
+        assert used.key == "uploads/x/whole"
+        upload = hers.get(begun)
+        assert (upload.owner, upload.offset) == ("ada", 4)
+        assert hers.advance(upload, 5, "uploads/y/4")
+        assert [(piece.start, piece.key) for piece in hers.pieces(upload)] == [(0, "uploads/y/0"), (4, "uploads/y/4")]
+        assert adopt(session, "ada") == 0

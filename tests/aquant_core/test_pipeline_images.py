@@ -1,0 +1,84 @@
+"""The images that ``quantize`` is given: in which form, which are held back, which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_runs import CALIBRATION, EVALUATION, SHORT, make_images, make_net, run
+
+from aquant_core.config import QuantizationConfig
+from aquant_core.errors import ImageSetError, NonFiniteError
+from aquant_core.images import ImageSet
+from aquant_core.pipeline import quantize
+
+
+def test_without_evaluation_images_some_are_held_back() -> None:
+    report = run(evaluation=None, method="nearest").report
+    assert report["evaluation"]["images"] == 48 // 8
+    assert report["accuracy"] is None
+    assert report["fidelity"]["quantized"]["n"] == 6
+    assert any("6 calibration images held back" in warning for warning in report["warnings"])
+    held_back = ImageSet(CALIBRATION.images[-6:])
+    assert report["digests"]["evaluation"] == held_back.digest()
+    assert report["digests"]["calibration"] == CALIBRATION.digest()
+    labelled = run(evaluation=None, method="nearest", calibration=make_images(48, 1, labels=True)).report
+    assert labelled["accuracy"]["quantized"]["n"] == 6
+
+
+def test_what_is_held_back_is_not_learned_from() -> None:
+    changed = CALIBRATION.images.clone()
+    changed[-6:] = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(9))
+    first, second = (run(evaluation=None, calibration=images, preset=SHORT) for images in (CALIBRATION.images, changed))
+    states = [result.model.state_dict() for result in (first, second)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_tensor_will_do_for_calibration() -> None:
+    by_set, by_tensor = run(method="nearest"), run(method="nearest", calibration=CALIBRATION.images)
+    assert by_set.report["digests"] == by_tensor.report["digests"]
+
+
+def test_images_by_path_and_config_as_a_dict(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path / "images.safetensors")
+    values = {"weight_bits": 4, "activation_bits": 4, "method": "nearest"}
+    by_path = quantize(make_net(), tmp_path / "images.safetensors", values)
+    by_value = quantize(make_net(), CALIBRATION, QuantizationConfig.model_validate(values))
+    assert by_path.report["digests"] == by_value.report["digests"]
+
+
+def test_images_of_another_kind_are_refused() -> None:
+    with pytest.raises(ImageSetError, match="calibration images are a list"):
+        quantize(make_net(), [1, 2], {"weight_bits": 4, "activation_bits": 4})  # type: ignore[arg-type]
+
+
+def test_labels_of_the_calibration_images_are_checked_too() -> None:
+    labelled = ImageSet(CALIBRATION.images, torch.full((48,), 5))
+    with pytest.raises(ImageSetError, match="calibration labels go up to 5, the network has 5 classes"):
+        run(calibration=labelled)
+
+
+def test_outputs_that_are_not_finite() -> None:
+    images = EVALUATION.images.clone()
+    images[3] *= 5e37  # finite itself, not behind the second convolution
+    with pytest.raises(NonFiniteError, match="float network"):
+        run(evaluation=ImageSet(images))
+
+
+@pytest.mark.parametrize("what", ["calibration", "evaluation"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([7]), torch.nan), NonFiniteError, "1 of 20 {what} images hold NaN"),
+        (lambda x: x[:0], ImageSetError, r"The {what} images are torch.float32 of shape \(0, 3, 12, 12\)"),
+        (lambda x: x[0], ImageSetError, r"shape \(3, 12, 12\), not float32 \(N, C, H, W\)"),
+        (lambda x: x.double(), ImageSetError, "torch.float64"),
+    ],
+)
+def test_bad_tensors_are_named(what: str, spoil: Any, error: type[Exception], words: str) -> None:
+    images = {"calibration": CALIBRATION.images, "evaluation": EVALUATION.images}
+    images[what] = spoil(EVALUATION.images)
+    with pytest.raises(error, match=words.format(what=what)):
+        quantize(make_net(), images["calibration"], {"weight_bits": 2, "activation_bits": 2}, images["evaluation"])
