@@ -85,7 +85,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD pytho
     connection = HTTPConnection('127.0.0.1', 8000, timeout=4); \
     connection.request('GET', '/health/ready'); \
     raise SystemExit(connection.getresponse().status != 200)"
-CMD ["python", "-m", "uvicorn", "--factory", "service.main:create_app", "--host", "0.0.0.0", "--port", "8000", \
+CMD ["python", "-m", "uvicorn", "--factory", "service.main:application", "--host", "0.0.0.0", "--port", "8000", \
      "--timeout-graceful-shutdown", "3", "--no-access-log"]
 
 FROM runtime AS worker

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import io
 import itertools
 import json
@@ -273,23 +274,28 @@ def crowd(data: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def polls(url: str, jobs: list[str], clients: int, seconds: float) -> list[float]:
-    """Seconds of every answer; each client asks every 2 s."""
+    """Seconds of every answer; each client asks every 2 s, at times of its own.
+
+    The clients share a process, which must not make one crowd of them: what they wait for together, as for its
+    collector of garbage, moves none of their later requests.
+    """
     latencies: list[float] = []
-    end = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    begin = time.monotonic()
 
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
 
         async def one(number: int) -> None:
-            await asyncio.sleep(2 * number / clients)
-            while time.monotonic() < end:
+            for turn in range(int(seconds / 2)):
+                await asyncio.sleep(begin + 2 * (turn + number / clients) - time.monotonic())
                 started = time.monotonic()
                 answer = await client.get(f"/jobs/{jobs[number % len(jobs)]}")
                 answer.raise_for_status()
                 latencies.append(time.monotonic() - started)
-                await asyncio.sleep(max(0.0, started + 2 - time.monotonic()))
 
+        gc.freeze()
         await asyncio.gather(*(one(number) for number in range(clients)))
+        gc.unfreeze()
     return latencies
 
 

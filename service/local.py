@@ -251,7 +251,7 @@ def broker_command(port: int, folder: Path) -> list[str]:
 def api_command(host: str, port: int) -> list[str]:
     """The API under uvicorn."""
     options = ["--host", host, "--port", str(port), "--timeout-graceful-shutdown", "3", "--no-access-log"]
-    return [sys.executable, "-m", "uvicorn", "--factory", "service.main:create_app", *options]
+    return [sys.executable, "-m", "uvicorn", "--factory", "service.main:application", *options]
 
 
 def worker_command(name: str) -> list[str]:

@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
     async def main_loop(self):
         pass
 
-Server(uvicorn.Config("service.main:create_app", factory=True, port=0)).run()
+Server(uvicorn.Config("service.main:application", factory=True, port=0)).run()
 """
 
 
