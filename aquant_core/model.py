@@ -62,7 +62,8 @@ class QuantizedModel(nn.Module):
         Raises:
             ImageSetError: they are not what the network takes.
         """
-        with named_if_unfit(self.graph.input_shape, x, next(iter(self.layers.values())).float_weight.dtype):
+        dtype = next((layer.float_weight.dtype for layer in self.layers.values()), None)
+        with named_if_unfit(self.graph.input_shape, x, dtype):
             return evaluate_nodes(self.graph.nodes, {INPUT: x}, self.run_node)[self.graph.output]
 
     def run_block(self, block: Block, x: Tensor) -> Tensor:
