@@ -195,12 +195,15 @@ def submit(stack: SupervisedStack, calibration: Path) -> str:
 def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -> dict[str, Any]:
     """What went wrong, job by job, and how long things took."""
     wrong = [f"{job} ended and changed again" for job in watch.changed_after_end]
-    artifacts, attempts = open_artifacts(stack.settings.artifacts), []
+    artifacts = open_artifacts(stack.settings.artifacts)
+    attempts: list[int] = []
+    counted: list[int] = []  # against the job
     with session_on(stack.settings) as session:
         rows = {row.id: row for row in session.scalars(select(JobRecord))}
         wrong += [f"{job} was accepted and is lost" for job in sorted(jobs - rows.keys())]
         for job, row in rows.items():
             attempts.append(row.attempt)
+            counted.append(row.attempt - row.handed_on)
             files = {file.name: file for file in row.artifacts}
             if row.state != JobState.SUCCEEDED:
                 wrong.append(f"{job} is {row.state} ({row.stage}): {row.error}")
@@ -216,13 +219,19 @@ def verdict(stack: SupervisedStack, watch: Watch, jobs: set[str], wanted: str) -
     return {
         "jobs": len(rows),
         "accepted": len(jobs),
-        "attempts": {str(number): count for number, count in sorted(Counter(attempts).items())},
+        "attempts": tally(attempts),
+        "attempts_that_count": tally(counted),
         "restarts": {name: part.starts - 1 for name, part in stack.parts.items()},
         "longest_silence_of_a_held_job_seconds": round(watch.longest_silence, 2),
         "longest_queue_without_a_held_job_seconds": round(watch.longest_idle, 2),
         "checkpoint": wanted,
         "wrong": wrong,
     }
+
+
+def tally(numbers: list[int]) -> dict[str, int]:
+    """How often each number is there."""
+    return {str(number): count for number, count in sorted(Counter(numbers).items())}
 
 
 def shrunk(source: Path, target: Path, count: int) -> None:

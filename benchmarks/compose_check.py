@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -268,7 +269,8 @@ def scale(deployment: Deployment, client: Client, digest: str) -> dict[str, Any]
     jobs = [submit(client) for _ in range(WORKERS)]
     found = [finished(client, client.wait(job.id, JOB_SECONDS)) for job in jobs]
     expect(all(job["checkpoint_sha256"] == digest for job in found), f"a checkpoint is another: {found}")
-    lines = deployment.compose("--ansi", "never", "logs", "worker").decode(errors="replace").splitlines()
+    logs = deployment.compose("--ansi", "never", "logs", "worker").decode(errors="replace")
+    lines = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", logs).splitlines()  # Compose moves the cursor all the same
     takers = {  # each line begins with its container
         job.id: {line.split()[0] for line in lines if f"job {job.id}: attempt 1 begins" in line} for job in jobs
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,9 @@ settings = Settings()
 require(settings)  # or the child would fail at its first job
 app = make_celery(settings)
 app.conf.include = ["worker.tasks"]
+
+END = signal.SIGUSR2
+"""What a child is told by that its worker ends."""
 
 _presence: Presence | None = None
 
@@ -79,9 +84,12 @@ def _tell_child_first(**_: Any) -> None:
 
     def told(end: Callable[..., Any]) -> Callable[..., None]:
         def tell_and_end(*event: Any) -> None:
-            for child in active_children():
-                os.kill(child.pid, signal.SIGUSR2)
-            end(*event)
+            try:
+                for child in active_children():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, END)
+            finally:
+                end(*event)
 
         return tell_and_end
 
@@ -91,8 +99,15 @@ def _tell_child_first(**_: Any) -> None:
         signal.signal(number, told(handler))
 
 
+def _await_end() -> None:
+    signal.sigwait([END])
+    told_to_end.set()
+
+
 def _begin_child(**_: Any) -> None:
-    signal.signal(signal.SIGUSR2, lambda *_: told_to_end.set())
+    # By a thread of its own: the one that works may be in a long step of C code, between which no handler runs.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [END])
+    threading.Thread(target=_await_end, name="end", daemon=True).start()
     # A child that was killed could not clear up after itself; its successor does.
     clear_abandoned(settings.work_dir)
 

@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS = 8.0
 """Work that is to stop looks for it at every step; what has not by then is in a step too long to wait for."""
-HAND_ON_SECONDS = 2.0
+HAND_ON_SECONDS = 1.5
 """The same where the worker ends, which waits for no longer than ``worker_soft_shutdown_timeout``."""
+LOOK_SECONDS = 0.25
+"""How soon it is noticed that the worker ends, however long a heartbeat is."""
 
 told_to_end = threading.Event()
 """Set in a worker's child once the worker was told to end."""
@@ -162,7 +164,7 @@ class Lease:
 
     def _run(self) -> None:
         stopping_since: float | None = None
-        while not self._done.wait(self._every):
+        while not self._until_the_next_look():
             if self._memory_bytes is not None and self._stop is None and own_memory() > self._memory_bytes:
                 self._stop = JobMemoryError()
             if not isinstance(self._stop, LeaseLostError):
@@ -180,6 +182,16 @@ class Lease:
                 log.warning("job %s did not stop within %.0f seconds", self.claim.job_id, patience)
                 self._on_overdue(self, self._stop)
                 return
+
+    def _until_the_next_look(self) -> bool:
+        """Wait for a heartbeat, or until the worker is told to end, for then there is less time; whether the work is
+        done.
+        """
+        due = time.monotonic() + self._every
+        while not self._done.wait(max(0.0, min(LOOK_SECONDS, due - time.monotonic()))):
+            if time.monotonic() >= due or told_to_end.is_set():
+                return False
+        return True
 
     def _renew(self) -> None:
         with self._renewing:

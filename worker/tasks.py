@@ -90,7 +90,8 @@ class JobRunner:
                 ) as span:
                     state = self._run(job, claim)
                     span.set_attribute("aquant.job.state", state or "lost")
-                    if state in (None, JobState.QUEUED, JobState.FAILED):
+                    handed_on = state == JobState.QUEUED and told_to_end.is_set()
+                    if state in (None, JobState.QUEUED, JobState.FAILED) and not handed_on:
                         span.set_status(StatusCode.ERROR)
             finally:
                 send(self._tracing)  # the process may be ended before its thread gets to it

@@ -23,6 +23,9 @@ from service.jobs.states import FINISHED, HELD, Device, JobState, sources
 from service.jobs.tallies import Tallies
 from service.jobs.turns import next_jobs, runs_on
 
+MOST_HANDED_ON = 50
+"""How often workers may hand a job on; one whose workers are told to end ever again may be the reason."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -226,11 +229,12 @@ class JobRepository:
     def hand_on(self, claim: Claim) -> JobState | None:
         """Back to the queue, because the worker was told to end: an attempt that is not counted against the job.
 
-        Returns the state the job is in now, or None where the claim was lost.
+        Returns the state the job is in now, or None where the claim was lost, or where so many workers were told to
+        end that the job may be why; its lease then runs out.
         """
         held = _held_under(claim)
-        handed_on = JobRecord.handed_on + 1
-        if self._move(JobState.QUEUED, held, JobRecord.state == JobState.RUNNING, handed_on=handed_on, **_waiting()):
+        running = and_(JobRecord.state == JobState.RUNNING, JobRecord.handed_on < MOST_HANDED_ON)
+        if self._move(JobState.QUEUED, held, running, handed_on=JobRecord.handed_on + 1, **_waiting()):
             return JobState.QUEUED
         return JobState.CANCELLED if self._move(JobState.CANCELLED, held, **_ending()) else None
 
@@ -378,6 +382,7 @@ class JobRepository:
                 JobRecord.state,
                 JobRecord.stage,
                 JobRecord.attempt,
+                JobRecord.handed_on,
                 JobRecord.config,
                 JobRecord.started_at,
                 JobRecord.finished_at,
@@ -385,9 +390,9 @@ class JobRepository:
         ).one_or_none()
         if moved is None:
             return False
-        job_id, state, stage, attempt, config, started_at, finished_at = moved
+        job_id, state, stage, attempt, handed_on, config, started_at, finished_at = moved
         self._events.add(job_id, now(), entered(state, stage, attempt, error))
-        if state == JobState.RUNNING and attempt > 1:
+        if state == JobState.RUNNING and attempt - handed_on > 1:
             Tallies(self._session).add("retry")
         self._tally_end(state, config, started_at, finished_at)
         return True

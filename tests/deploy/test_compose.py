@@ -30,6 +30,7 @@ from service.jobs.records import WorkerRecord
 from service.jobs.repository import JobRepository, now
 from service.passwords import BUCKET, make_passwords
 from service.settings import Settings
+from worker.lease import HAND_ON_SECONDS, LOOK_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DCLINT = "dclint@3"
@@ -295,6 +296,7 @@ def test_a_worker_is_given_the_time_it_takes_to_stop(name: str, services: dict[s
     app = make_celery(Settings(broker_url="redis://nowhere:1/0"))
     soft = app.conf.worker_soft_shutdown_timeout
     assert seconds(services[name]["stop_grace_period"]) >= 3 * soft
+    assert soft > HAND_ON_SECONDS + 2 * LOOK_SECONDS  # noticed, waited for, noticed that it was in vain
     assert dockerfile.environment("worker")["REMAP_SIGTERM"] == "SIGQUIT"
     assert dockerfile.environment("worker")["OMP_WAIT_POLICY"] == "PASSIVE"
 

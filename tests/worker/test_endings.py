@@ -24,12 +24,12 @@ pytestmark = pytest.mark.parametrize("storage", PAIRS[::3], indirect=True)
 
 Sessions = sessionmaker[Session]
 STUBBORN = """
-import sys, time
+import hashlib
 from worker import lease, tasks
 lease.STOP_SECONDS = lease.HAND_ON_SECONDS = 0.2
 def work(*_):
     print("at work", flush=True)
-    time.sleep(60)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no signal gets through to Python
 from worker.celery_app import _begin_child
 _begin_child()
 runner = tasks.JobRunner(tasks.settings, "cpu")
@@ -38,19 +38,21 @@ runner.run()
 """
 
 
-@contextmanager
-def at_work(settings: Settings, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """A worker's child that has taken the job and will not stop by itself."""
-    environment = {
+def environment_of(settings: Settings) -> dict[str, str]:
+    return {
         **os.environ,
-        **more,
         "AQUANT_DATA_DIR": str(settings.data_dir),
         "AQUANT_DATABASE_URL": settings.database,
         "AQUANT_ARTIFACTS_URL": settings.artifacts,
         "AQUANT_BROKER_URL": str(settings.broker_url),
     }
+
+
+@contextmanager
+def at_work(settings: Settings, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker's child that has taken the job and will not stop by itself."""
     argv = [sys.executable, "-c", STUBBORN]
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(argv, env=environment_of(settings) | more, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
         yield process
@@ -103,4 +105,16 @@ def test_a_worker_that_ends_hands_on_the_job_even_in_an_endless_step(
         job = session.get_one(JobRecord, "job")
         assert (job.state, job.attempt, job.handed_on, job.error) == (JobState.QUEUED, 2, 1, None)
     assert artifacts.keys(blocks_prefix("job")) == [blocks_prefix("job") + "0"]
+    claim(sessions, "job")
+
+
+def test_a_worker_that_ends_takes_no_job(settings: Settings, sessions: Sessions, claimed: Callable[..., Claim]) -> None:
+    held = claimed()
+    with sessions.begin() as session:
+        JobRepository(session).give_back(held, 9, {})
+    code = "from worker import tasks; tasks.told_to_end.set(); print(tasks.JobRunner(tasks.settings, 'cpu').run())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment_of(settings), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "None\n"
     claim(sessions, "job")

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.jobs.errors import CursorError, JobNotFoundError, JobStateError
 from service.jobs.records import ArtifactRecord, JobRecord, WorkerRecord
-from service.jobs.repository import JobRepository, now
+from service.jobs.repository import MOST_HANDED_ON, JobRepository, now
 from service.jobs.states import JobState
 from service.jobs.tallies import Tallies
 
@@ -100,6 +100,16 @@ def test_what_a_worker_hands_on_does_not_count_against_the_job(sessions: Session
         with sessions.begin() as session:
             assert JobRepository(session).give_back(held, 2, ERROR) == ends
     assert held.attempt == 7
+
+
+def test_a_job_that_too_many_workers_hand_on_may_be_why_they_end(sessions: Sessions, add_job: AddJob) -> None:
+    job_id = add_job()
+    for number in range(MOST_HANDED_ON + 1):
+        held = claim(sessions, job_id, PAST)
+        with sessions.begin() as session:
+            assert (JobRepository(session).hand_on(held) is None) == (number == MOST_HANDED_ON)
+    with sessions.begin() as session:
+        assert JobRepository(session).take_back(job_id, held.attempt, 1, ERROR) == JobState.FAILED
 
 
 def test_a_cancelled_job_is_not_handed_on(sessions: Sessions, add_job: AddJob) -> None:
