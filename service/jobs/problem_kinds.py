@@ -123,8 +123,8 @@ KINDS: dict[str, Kind] = {
         422,
         "The job's `config` is missing, not JSON, names a key twice, or holds an unknown key or a value that is not "
         "taken.",
-        "The detail names every fault. Only `weight_bits` and `activation_bits` are required; the schema "
-        "QuantizationConfig is in `/docs` and docs/api.md.",
+        "The detail names the faults, the first 20 of many. Only `weight_bits` and `activation_bits` are required; the "
+        "schema QuantizationConfig is in `/docs` and docs/api.md.",
     ),
     "upload_empty": Kind(422, "An uploaded file has no bytes.", "Send the file's bytes."),
     "upload_too_large": Kind(
