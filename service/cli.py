@@ -42,6 +42,7 @@ def main() -> None:
     from service.client import (
         AddressMalformedError,
         DigestMismatchError,
+        JobIdMalformedError,
         KeyMalformedError,
         ServiceProblemError,
         ServiceUnreachableError,
@@ -54,7 +55,7 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
-    except AddressMalformedError as error:
+    except (AddressMalformedError, JobIdMalformedError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.USAGE)
     except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:

@@ -36,6 +36,8 @@ def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "'127.0.0.1:1' is no address" in capsys.readouterr().err
     assert run(monkeypatch, "watch", "", "--url", "http://127.0.0.1:1") == 2
     assert "it is empty" in capsys.readouterr().err
+    assert run(monkeypatch, "delete", "..", "--url", "http://127.0.0.1:1") == 2
+    assert "'..' is no id of a job" in capsys.readouterr().err
 
 
 def test_bad_bits_are_refused_before_anything_is_sent(
