@@ -123,11 +123,19 @@ def test_health_is_what_it_is_now(connect: Connect, slept: list[float]) -> None:
     assert slept == []
 
 
-def test_other_servers_are_told_from_the_service(connect: Connect) -> None:
+def test_other_servers_are_told_from_the_service(connect: Connect, tmp_path: Path) -> None:
     with pytest.raises(ServiceUnreachableError, match="answered 404 without a problem document"):
         Service(httpx.Response(404, text="<html>")).reached_by(connect).get("x")
     with pytest.raises(ServiceUnreachableError, match=r"sends on to https://service/jobs/x\. Name the service's own"):
         Service(httpx.Response(301, headers={"Location": "https://service/jobs/x"})).reached_by(connect).delete("x")
+    elsewhere = httpx.Response(302, headers={"Location": "https://service/login"})
+    with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
+        Service(elsewhere).reached_by(connect).download("x", tmp_path / "x")
+    with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
+        list(Service(elsewhere).reached_by(connect).events("x"))
+    with pytest.raises(ServiceUnreachableError, match="answered without the file's digest"):
+        Service(httpx.Response(200, text="<html>")).reached_by(connect).download("x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
     for call in ("get", "wait", "report", "cancel", "delete"):
         with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
             getattr(Service(httpx.Response(200, text="<html>")).reached_by(connect), call)("x")
