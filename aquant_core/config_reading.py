@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,21 @@ def repeated_key(text: str | bytes) -> str | None:
     return next(_repeated(document), None)
 
 
-def faults_of(error: ValidationError, whole: str = "config", *, values: bool = True) -> str:
+def faults_of(
+    error: ValidationError, whole: str = "config", *, values: bool = True, named: Callable[[str], str] = str
+) -> str:
     """The faults of a document, the first 20: place, what is wrong, what is allowed, and the value that it has.
 
     Args:
         error: what pydantic found.
         whole: what the document itself is called.
         values: whether values are told; what may hold a secret keeps them to itself.
+        named: what a key is called where people write it.
     """
     listed: set[type[BaseModel]] = set()
     told = [
-        f"{'.'.join(_cut(str(part), _LONGEST_KEY) for part in fault['loc']) or whole}: {_told(fault, values, listed)}"
+        f"{'.'.join(named(_cut(str(key), _LONGEST_KEY)) for key in fault['loc']) or whole}: "
+        f"{_told(fault, values, listed)}"
         for fault in error.errors(include_url=False, include_context=False)[:_MOST_FAULTS]
     ]
     more = error.error_count() - len(told)

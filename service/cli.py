@@ -62,6 +62,10 @@ def main() -> None:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.FAILED)
     except ValidationError as error:
+        if error.title == "Settings":
+            faults = faults_of(error, "settings", named=lambda field: f"AQUANT_{field.upper()}")
+            typer.echo(f"The settings are not valid: {faults}. docs/operations.md tells of them.", err=True)
+            sys.exit(ExitCode.USAGE)
         typer.echo(f"The configuration is not valid: {faults_of(error)}. {_remedy(error)}", err=True)
         sys.exit(ExitCode.USAGE)
 

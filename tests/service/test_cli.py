@@ -51,6 +51,19 @@ def test_bad_bits_are_refused_before_anything_is_sent(
     assert "activation_bits: missing. Give --weight-bits and --activation-bits, or --target." in capsys.readouterr().err
 
 
+def test_a_variable_that_is_not_valid_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AQUANT_PORT", "x")
+    monkeypatch.setenv("AQUANT_WEBHOOK_ALLOW", "near")
+    for command in (["keys", "list"], ["migrate"], ["up"]):
+        assert run(monkeypatch, *command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("The settings are not valid: AQUANT_PORT: Input should be a valid integer, ")
+        assert "not \"x\"; AQUANT_WEBHOOK_ALLOW: 'near' does not appear to be an IPv4 or IPv6 network. " in error
+        assert error.endswith(" docs/operations.md tells of them.\n")
+
+
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
     with pytest.raises(local.MissingExtraError, match=r"'worker' \(torch not found\)"):
