@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _BELOW: dict[str, type[BaseModel]] = {
 }
 """The keys of the configuration that hold keys of their own."""
 _LONGEST_VALUE = 60
+_LONGEST_KEY = 100
+_MOST_FAULTS = 20
 
 
 def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,18 +66,25 @@ def repeated_key(text: str | bytes) -> str | None:
     return next(_repeated(document), None)
 
 
-def faults_of(error: ValidationError, whole: str = "config", *, values: bool = True) -> str:
-    """Every fault of a document: its place, what is wrong, what is allowed, and the value that it has.
+def faults_of(
+    error: ValidationError, whole: str = "config", *, values: bool = True, named: Callable[[str], str] = str
+) -> str:
+    """The faults of a document, the first 20: place, what is wrong, what is allowed, and the value that it has.
 
     Args:
         error: what pydantic found.
         whole: what the document itself is called.
         values: whether values are told; what may hold a secret keeps them to itself.
+        named: what a key is called where people write it.
     """
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or whole}: {_told(fault, values)}"
-        for fault in error.errors(include_url=False, include_context=False)
-    )
+    listed: set[type[BaseModel]] = set()
+    told = [
+        f"{'.'.join(named(_cut(str(key), _LONGEST_KEY)) for key in fault['loc']) or whole}: "
+        f"{_told(fault, values, listed)}"
+        for fault in error.errors(include_url=False, include_context=False)[:_MOST_FAULTS]
+    ]
+    more = error.error_count() - len(told)
+    return "; ".join([*told, f"and {more} more"] if more else told)
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -95,10 +104,10 @@ def _repeated(value: Any, *place: str) -> Any:
             yield from _repeated(item, *place, str(index))
 
 
-def _told(fault: Any, values: bool) -> str:
+def _told(fault: Any, values: bool, listed: set[type[BaseModel]]) -> str:
     kind, message = fault["type"], fault["msg"]
     if kind == "extra_forbidden":
-        return f"unknown key{_instead_of(fault['loc']) if values else ''}"
+        return f"unknown key{_instead_of(fault['loc'], listed) if values else ''}"
     if kind == "missing":
         return "missing"
     if kind == "value_error":  # our own words, which name the value
@@ -108,14 +117,23 @@ def _told(fault: Any, values: bool) -> str:
     return f"{message}, not {_shown(fault['input'])}"
 
 
-def _instead_of(place: tuple[str | int, ...]) -> str:
-    """What an unknown key may have been meant to be, or what keys there are."""
+def _instead_of(place: tuple[str | int, ...], listed: set[type[BaseModel]]) -> str:
+    """What an unknown key may have been meant to be, or what keys there are, unless they have been listed before."""
     *above, name = place[1:] if len(place) > 1 and place[0] == "config" else place
-    known = list((_BELOW[str(above[0])] if above else QuantizationConfig).model_fields)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (there are {', '.join(known)})"
+    model = _BELOW[str(above[0])] if above else QuantizationConfig
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(name), known, n=1) if len(str(name)) <= _LONGEST_KEY else []
+    if close:
+        return f" (did you mean {close[0]}?)"
+    if model in listed:
+        return ""
+    listed.add(model)
+    return f" (there are {', '.join(known)})"
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return _cut(json.dumps(value, default=str), _LONGEST_VALUE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."

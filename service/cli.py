@@ -42,6 +42,7 @@ def main() -> None:
     from service.client import (
         AddressMalformedError,
         DigestMismatchError,
+        JobIdMalformedError,
         KeyMalformedError,
         ServiceProblemError,
         ServiceUnreachableError,
@@ -54,13 +55,17 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
-    except AddressMalformedError as error:
+    except (AddressMalformedError, JobIdMalformedError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.USAGE)
     except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.FAILED)
     except ValidationError as error:
+        if error.title == "Settings":
+            faults = faults_of(error, "settings", named=lambda field: f"AQUANT_{field.upper()}")
+            typer.echo(f"The settings are not valid: {faults}. docs/operations.md tells of them.", err=True)
+            sys.exit(ExitCode.USAGE)
         typer.echo(f"The configuration is not valid: {faults_of(error)}. {_remedy(error)}", err=True)
         sys.exit(ExitCode.USAGE)
 

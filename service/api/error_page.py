@@ -36,7 +36,8 @@ def error_page() -> HTMLResponse:
 def where(kind: Kind) -> str:
     """Where a kind of problem is met, in words."""
     answer = "" if kind.status is None else f"HTTP {kind.status}"
-    return " and ".join(filter(None, (answer, "the error of a failed job" if kind.in_job else "")))
+    places = (answer, "the error of a failed job" if kind.in_job else "")
+    return " and ".join(filter(None, places)) or "an exception of the library"
 
 
 def _text(markdown: str) -> Markup:

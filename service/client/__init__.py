@@ -8,6 +8,7 @@ from service.client.async_client import AsyncClient
 from service.client.errors import (
     AddressMalformedError,
     DigestMismatchError,
+    JobIdMalformedError,
     KeyMalformedError,
     ServiceProblemError,
     ServiceUnreachableError,
@@ -24,6 +25,7 @@ __all__ = [
     "Client",
     "DigestMismatchError",
     "Event",
+    "JobIdMalformedError",
     "KeyMalformedError",
     "ServiceProblemError",
     "ServiceUnreachableError",

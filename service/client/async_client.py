@@ -130,7 +130,7 @@ class AsyncClient:
             pause: float | None = None
             try:
                 async with self._open(stream.call()) as response:
-                    if response.is_error:
+                    if not response.is_success:
                         await response.aread()
                     pause = stream.pause_of(response)
                     if pause is None:
@@ -194,7 +194,7 @@ class AsyncClient:
         if isinstance(step, Work):
             return await asyncio.to_thread(step.function)
         async with self._open(step) as response:
-            if step.sink is None or response.is_error or response.status_code == httpx.codes.NOT_MODIFIED:
+            if step.sink is None or not response.is_success:
                 await response.aread()
                 return response
             step.sink.begin(response)

@@ -32,6 +32,10 @@ class KeyMalformedError(ValueError):
     """The API key given is none."""
 
 
+class JobIdMalformedError(ValueError):
+    """The id given is none of a job."""
+
+
 class DigestMismatchError(Exception):
     """What arrived is not what was sent, or a file changed while it was being sent."""
 

@@ -17,6 +17,7 @@ from pydantic import RootModel
 
 from service.client.errors import (
     AddressMalformedError,
+    JobIdMalformedError,
     KeyMalformedError,
     ServiceProblemError,
     ServiceUnreachableError,
@@ -110,7 +111,13 @@ def address(url: str) -> str:
 
 
 def job_path(job_id: str, below: str = "") -> str:
-    """Where a job is, or what is below it; an id is one part of the path, whatever it holds."""
+    """Where a job is, or what is below it; an id is one part of the path, whatever it holds.
+
+    Raises:
+        JobIdMalformedError: it is "." or "..", which httpx takes for folders.
+    """
+    if job_id in (".", ".."):
+        raise JobIdMalformedError(f"{job_id!r} is no id of a job. `aquant submit` prints it, `aquant list` lists them.")
     return f"/jobs/{quote(job_id, safe='')}{below}"
 
 

@@ -141,7 +141,7 @@ class Client:
             pause: float | None = None
             try:
                 with self._open(stream.call()) as response:
-                    if response.is_error:
+                    if not response.is_success:
                         response.read()
                     pause = stream.pause_of(response)
                     if pause is None:
@@ -211,7 +211,7 @@ class Client:
         if isinstance(step, Work):
             return step.function()
         with self._open(step) as response:
-            if step.sink is None or response.is_error or response.status_code == httpx.codes.NOT_MODIFIED:
+            if step.sink is None or not response.is_success:
                 response.read()
                 return response
             step.sink.begin(response)

@@ -13,10 +13,10 @@ class Kind:
     """One kind of problem.
 
     Attributes:
-        status: HTTP status of an answer; None if it is met in jobs alone.
+        status: HTTP status of an answer; None if no answer has it.
         cause: what has happened, in general; an occurrence's ``detail`` names the value.
         remedy: what to do, in general.
-        in_job: whether a job may carry it as its ``error``.
+        in_job: whether a job may carry it as its ``error``; what neither has is raised by the library alone.
     """
 
     status: int | None
@@ -27,6 +27,10 @@ class Kind:
 
 def _job(cause: str, remedy: str) -> Kind:
     return Kind(None, cause, remedy, in_job=True)
+
+
+def _library(cause: str, remedy: str) -> Kind:
+    return Kind(None, cause, remedy)
 
 
 def _either(status: int, cause: str, remedy: str) -> Kind:
@@ -123,8 +127,8 @@ KINDS: dict[str, Kind] = {
         422,
         "The job's `config` is missing, not JSON, names a key twice, or holds an unknown key or a value that is not "
         "taken.",
-        "The detail names every fault. Only `weight_bits` and `activation_bits` are required; the schema "
-        "QuantizationConfig is in `/docs` and docs/api.md.",
+        "The detail names the faults, the first 20 of many. Only `weight_bits` and `activation_bits` are required, or "
+        "a `target`; the schema QuantizationConfig is in `/docs` and docs/api.md.",
     ),
     "upload_empty": Kind(422, "An uploaded file has no bytes.", "Send the file's bytes."),
     "upload_too_large": Kind(
@@ -257,16 +261,16 @@ KINDS: dict[str, Kind] = {
     "layer_unknown": _job(
         "The config names a layer that the network does not have.", "The job's error lists the names that are like it."
     ),
-    "dry_run_requested": _job(
-        "A config with `dry_run` was given to what runs; met in the library, as a job with it ends after its forecast.",
+    "dry_run_requested": _library(
+        "A config with `dry_run` was given to what runs; a job with it ends after its forecast.",
         "Call `aquant_core.plan`, or leave `dry_run` out.",
     ),
     "checkpoint_invalid": _job(
         "A quantized checkpoint is damaged, incomplete or of an unknown format version.",
         "Copy or download it again from where it was written, or quantize anew with this version.",
     ),
-    "device_unavailable": _job(
-        "A network was to run on a device that is not there; met in the library, as jobs run on their worker's.",
+    "device_unavailable": _library(
+        "A network was to run on a device that is not there; jobs run on their worker's.",
         'Run it with `device="cpu"`, or on a machine with an NVIDIA driver and a torch that was built for CUDA.',
     ),
     "resume_mismatch": _job(

@@ -226,7 +226,7 @@ def read_config(text: bytes) -> QuantizationConfig:
     """The job's configuration.
 
     Raises:
-        ConfigError: it is not JSON, names a key twice, or holds something the core does not take; all faults are named.
+        ConfigError: it is not JSON, names a key twice, or holds something the core does not take; faults are named.
     """
     try:
         config = QuantizationConfig.model_validate_json(text)

@@ -76,6 +76,25 @@ def test_faults_name_place_value_and_what_is_allowed(changes: dict[str, Any], to
     assert told in faults_of(refused.value)
 
 
+def test_of_many_faults_the_first_are_told_and_keys_are_listed_once() -> None:
+    many = {f"{index}": 1 for index in range(500)}
+    document = {"weight_bits": 2, "activation_bits": 2, "border": many, "x" * 900_000: 1, **many}
+    with pytest.raises(ValidationError) as refused:
+        QuantizationConfig.model_validate(document)
+    told = faults_of(refused.value)
+    assert told.startswith("border.0: unknown key (there are form, ")
+    assert told.endswith("; border.19: unknown key; and 981 more")
+    assert told.count("(there are ") == 1
+
+    del document["border"], document["0"]
+    with pytest.raises(ValidationError) as refused:
+        QuantizationConfig.model_validate(document)
+    told = faults_of(refused.value)
+    assert told.startswith(f"{'x' * 100}...: unknown key (there are method, ")
+    assert told.endswith("; 19: unknown key; and 480 more")
+    assert len(told) < 1_000
+
+
 def test_a_document_with_secrets_keeps_its_values_to_itself() -> None:
     class Hook(BaseModel, extra="forbid"):
         secret: int

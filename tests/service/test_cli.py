@@ -36,6 +36,8 @@ def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "'127.0.0.1:1' is no address" in capsys.readouterr().err
     assert run(monkeypatch, "watch", "", "--url", "http://127.0.0.1:1") == 2
     assert "it is empty" in capsys.readouterr().err
+    assert run(monkeypatch, "delete", "..", "--url", "http://127.0.0.1:1") == 2
+    assert "'..' is no id of a job" in capsys.readouterr().err
 
 
 def test_bad_bits_are_refused_before_anything_is_sent(
@@ -47,6 +49,19 @@ def test_bad_bits_are_refused_before_anything_is_sent(
     assert "weight_bits: must be 2 to 8, or 32 for float; got 9. Change what" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--weight-bits", "2") == 2
     assert "activation_bits: missing. Give --weight-bits and --activation-bits, or --target." in capsys.readouterr().err
+
+
+def test_a_variable_that_is_not_valid_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AQUANT_PORT", "x")
+    monkeypatch.setenv("AQUANT_WEBHOOK_ALLOW", "near")
+    for command in (["keys", "list"], ["migrate"], ["up"]):
+        assert run(monkeypatch, *command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("The settings are not valid: AQUANT_PORT: Input should be a valid integer, ")
+        assert "not \"x\"; AQUANT_WEBHOOK_ALLOW: 'near' does not appear to be an IPv4 or IPv6 network. " in error
+        assert error.endswith(" docs/operations.md tells of them.\n")
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

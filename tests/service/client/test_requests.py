@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from service.client import (
     AddressMalformedError,
     AsyncClient,
     Client,
+    JobIdMalformedError,
     KeyMalformedError,
     ServiceProblemError,
     ServiceUnreachableError,
@@ -121,11 +123,19 @@ def test_health_is_what_it_is_now(connect: Connect, slept: list[float]) -> None:
     assert slept == []
 
 
-def test_other_servers_are_told_from_the_service(connect: Connect) -> None:
+def test_other_servers_are_told_from_the_service(connect: Connect, tmp_path: Path) -> None:
     with pytest.raises(ServiceUnreachableError, match="answered 404 without a problem document"):
         Service(httpx.Response(404, text="<html>")).reached_by(connect).get("x")
     with pytest.raises(ServiceUnreachableError, match=r"sends on to https://service/jobs/x\. Name the service's own"):
         Service(httpx.Response(301, headers={"Location": "https://service/jobs/x"})).reached_by(connect).delete("x")
+    elsewhere = httpx.Response(302, headers={"Location": "https://service/login"})
+    with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
+        Service(elsewhere).reached_by(connect).download("x", tmp_path / "x")
+    with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
+        list(Service(elsewhere).reached_by(connect).events("x"))
+    with pytest.raises(ServiceUnreachableError, match="answered without the file's digest"):
+        Service(httpx.Response(200, text="<html>")).reached_by(connect).download("x", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
     for call in ("get", "wait", "report", "cancel", "delete"):
         with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
             getattr(Service(httpx.Response(200, text="<html>")).reached_by(connect), call)("x")
@@ -136,10 +146,19 @@ def test_other_servers_are_told_from_the_service(connect: Connect) -> None:
         Service(httpx.Response(200, json=JOB)).reached_by(connect).wait("x")
 
 
-def test_an_id_is_one_part_of_the_path_whatever_it_holds(connect: Connect) -> None:
+def test_an_id_is_one_part_of_the_path_whatever_it_holds(connect: Connect, tmp_path: Path) -> None:
     service = Service(httpx.Response(202, json=JOB))
     service.reached_by(connect).cancel("../uploads/x?y#z")
     assert service.requests[0].url.raw_path == b"/jobs/..%2Fuploads%2Fx%3Fy%23z/cancel"
+    for folder in (".", ".."):
+        for call in ("get", "wait", "report", "report_page", "cancel", "delete"):
+            with pytest.raises(JobIdMalformedError, match=r"'\.+' is no id of a job\. `aquant submit` prints it"):
+                getattr(service.reached_by(connect), call)(folder)
+        with pytest.raises(JobIdMalformedError):
+            service.reached_by(connect).download(folder, tmp_path / "x")
+        with pytest.raises(JobIdMalformedError):
+            list(service.reached_by(connect).events(folder))
+    assert len(service.requests) == 1
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://service", "http://", "http://[::1", "", "http://a:b"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import aquant_core
 import service
 import worker
+from service.api.error_page import where
 from service.api.problems import FRAMEWORK
 from service.jobs.problem_kinds import KINDS, address_of
 from service.jobs.schemas import Problem
@@ -40,8 +41,14 @@ def test_codes_are_those_of_the_source() -> None:
     assert found == KINDS.keys()
 
 
-def test_every_kind_is_met_somewhere() -> None:
-    assert [code for code, kind in KINDS.items() if kind.status is None and not kind.in_job] == []
+def test_every_kind_says_where_it_is_met() -> None:
+    assert [code for code, kind in KINDS.items() if where(kind) == "an exception of the library"] == [
+        "dry_run_requested",
+        "device_unavailable",
+    ]
+    assert where(KINDS["worker_lost"]) == "the error of a failed job"
+    assert where(KINDS["not_found"]) == "HTTP 404"
+    assert where(KINDS["model_invalid"]) == "HTTP 422 and the error of a failed job"
 
 
 def test_a_failed_job_says_where_its_error_is_explained() -> None:
