@@ -20,20 +20,7 @@ import typer
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError, DeviceError
 from aquant_core.progress import Progress
-from aquant_core.run_options import (
-    Architecture,
-    AsJson,
-    Calibration,
-    ConfigSource,
-    Evaluation,
-    LayerBits,
-    MethodName,
-    Model,
-    PresetOption,
-    Seed,
-    TargetDrop,
-    configured,
-)
+from aquant_core.run_options import AsJson, Calibration, Evaluation, Model, configured
 
 if TYPE_CHECKING:
     import torch
@@ -47,21 +34,15 @@ for _name in ("numpy", "onnx", "onnxruntime", "safetensors", "torch"):
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 
 
+@configured
 def quantize(
     model: Model,
     calibration: Calibration,
+    configuration: dict[str, Any],
+    evaluation: Evaluation = None,
     output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Checkpoint to write.")] = Path(
         "quantized.safetensors"
     ),
-    weight_bits: LayerBits = None,
-    activation_bits: LayerBits = None,
-    target: TargetDrop = None,
-    evaluation: Evaluation = None,
-    method: MethodName = None,
-    preset: PresetOption = None,
-    architecture: Architecture = None,
-    seed: Seed = None,
-    config: ConfigSource = None,
     report: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="Report to write: a page if its name ends in .html, else JSON."),
@@ -69,26 +50,11 @@ def quantize(
     resume_from: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder in which finished blocks are kept.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print as JSON what it would do and take, and leave it at that.")
-    ] = False,
     device: _Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Quantize a network on this machine, without a service."""
-    configuration = QuantizationConfig.model_validate(
-        configured(
-            config,
-            target=target,
-            dry_run=dry_run,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            method=method,
-            preset=preset,
-            architecture=architecture,
-            seed=seed,
-        )
-    )
+    config = QuantizationConfig.model_validate(configuration)
     for option, path in (("--output", output), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=option)
@@ -104,9 +70,9 @@ def quantize(
             page = report.suffix.lower() in (".html", ".htm")
             report.write_text(render(document) if page else json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
-    if configuration.dry_run:
+    if config.dry_run:
         with _errors_told(), _progress_told() as told:
-            document = plan(model, calibration, configuration, evaluation, told, resources=Resources(chosen))
+            document = plan(model, calibration, config, evaluation, told, resources=Resources(chosen))
         write(document)
         typer.echo(json.dumps(document, indent=2))
         return
@@ -114,7 +80,7 @@ def quantize(
         result = run(
             model,
             calibration,
-            configuration,
+            config,
             evaluation,
             told,
             resources=Resources(chosen),

@@ -5,6 +5,8 @@ Imports nothing heavy: both are known to every call of ``aquant``.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -55,21 +57,60 @@ ConfigSource = Annotated[str | None, typer.Option(help="JSON, or the path of a J
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
-def configured(given: str | None, *, target: float | None, dry_run: bool, **options: Any) -> dict[str, Any]:
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would do and take, and leave it at that.")]
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a configuration in place of its parameter ``configuration``, which gets the keys.
+
+    The options stand where the parameter does, so what follows it needs a default.
+    """
+    options = inspect.signature(_configuration, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        asked = {name: given.pop(name) for name in options}
+        command(configuration=_configuration(**asked), **given)
+
+    parameters = [
+        parameter
+        for name, mine in own.parameters.items()
+        for parameter in (options.values() if name == "configuration" else [mine])
+    ]
+    # What Typer reads of a command.
+    vars(with_options)["__signature__"] = own.replace(parameters=parameters)
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _configuration(
+    weight_bits: LayerBits = None,
+    activation_bits: LayerBits = None,
+    target: TargetDrop = None,
+    method: MethodName = None,
+    preset: PresetOption = None,
+    architecture: Architecture = None,
+    seed: Seed = None,
+    config: ConfigSource = None,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
     """The configuration that a command line asks for.
 
-    Args:
-        given: ``--config``.
-        target: ``--target``, percentage points.
-        dry_run: ``--dry-run``.
-        options: others, by their keys in the configuration; they go over what is given where they are not None.
-
     Raises:
-        typer.BadParameter: what is given is no JSON object, or names a key twice.
+        typer.BadParameter: ``config`` is no JSON object, or names a key twice.
     """
-    options["target"] = None if target is None else {"max_accuracy_drop": target}
-    options["dry_run"] = dry_run or None
+    options = {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "target": None if target is None else {"max_accuracy_drop": target},
+        "method": method,
+        "preset": preset,
+        "architecture": architecture,
+        "seed": seed,
+        "dry_run": dry_run or None,
+    }
     try:
-        return read_configuration(given, options)
+        return read_configuration(config, options)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aquant_core.run_options import (
-    Architecture,
-    AsJson,
-    Calibration,
-    ConfigSource,
-    Evaluation,
-    LayerBits,
-    MethodName,
-    Model,
-    PresetOption,
-    Seed,
-    TargetDrop,
-    configured,
-)
+from aquant_core.run_options import AsJson, Calibration, Evaluation, Model, configured
 from service.commands.exit_codes import OF_JOBS, ExitCode
 from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
 from service.jobs.states import Device, JobState
@@ -30,21 +17,12 @@ if TYPE_CHECKING:
     from service.jobs.schemas import JobDocument
 
 
+@configured
 def submit(
     model: Model,
     calibration: Calibration,
-    weight_bits: LayerBits = None,
-    activation_bits: LayerBits = None,
-    target: TargetDrop = None,
+    configuration: dict[str, Any],
     evaluation: Evaluation = None,
-    method: MethodName = None,
-    preset: PresetOption = None,
-    architecture: Architecture = None,
-    seed: Seed = None,
-    config: ConfigSource = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan it alone: blocks, size, time and memory, in the report.")
-    ] = False,
     device: Annotated[Device | None, typer.Option(help="gpu or cpu; without it whichever is free first.")] = None,
     reuse: Annotated[bool, typer.Option("--reuse", help="Take a job that has done the same before.")] = False,
     idempotency_key: Annotated[
@@ -59,17 +37,6 @@ def submit(
     """Send a model to be quantized; prints the job's id."""
     from service.commands.progress import transfer_display
 
-    configuration = configured(
-        config,
-        target=target,
-        dry_run=dry_run,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        method=method,
-        preset=preset,
-        architecture=architecture,
-        seed=seed,
-    )
     with open_client(url, key) as client:
         with transfer_display() as transferred:
             job = client.submit(
