@@ -26,13 +26,15 @@ from service.jobs.queue import JobQueue
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import JobRepository, now
 from service.jobs.states import JobState
+from service.local import free_port
 from service.main import create_app
 from service.settings import Settings
 
 
 @pytest.fixture(scope="session")
 def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with ValkeyServer(data_dir=tmp_path_factory.mktemp("broker")) as server:
+    # The server's own choice is the first port that is free, which another process of the tests makes, too.
+    with ValkeyServer(data_dir=tmp_path_factory.mktemp("broker"), port=free_port("127.0.0.1")) as server:
         yield server.connection_url
 
 
