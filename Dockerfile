@@ -20,12 +20,12 @@ RUN python3 -c "import ensurepip" || { \
         && rm -rf /var/lib/apt/lists/*; }
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
+ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 # The tools stay in their own environment. The wheel has the project's metadata and no code: enough to install
 # the dependencies of an extra.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python3 -m venv /opt/tools \
     && /opt/tools/bin/pip install -c constraints.txt setuptools \
     && python3 -m venv --without-pip /opt/venv \
@@ -45,7 +45,7 @@ RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/whe
 FROM builder AS api-dependencies
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt \
         "$(echo /opt/metadata/*.whl)[server,telemetry]" \
     && /opt/tools/bin/pip --python /opt/venv/bin/python uninstall -y aquant-service
@@ -54,7 +54,7 @@ FROM builder AS worker-dependencies
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG EXTRAS=worker
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt \
         "$(echo /opt/metadata/*.whl)[${EXTRAS},telemetry]" \
     && /opt/tools/bin/pip --python /opt/venv/bin/python uninstall -y aquant-service
@@ -96,9 +96,9 @@ RUN apt-get update \
 COPY --from=worker-dependencies /opt/venv /opt/venv
 COPY --from=project /opt/aquant /opt/aquant
 # Compiled kernels are kept beside the jobs' working files. OpenMP threads that wait should sleep, not spin.
-# SIGTERM ends the worker soon, instead of after its job, which is then tried again.
-ENV NUMBA_CACHE_DIR=/data/work/cache/numba \
-    CUPY_CACHE_DIR=/data/work/cache/cupy \
+# SIGTERM ends the worker soon, instead of after its job, which it hands on.
+ENV NUMBA_CACHE_DIR=$AQUANT_DATA_DIR/work/cache/numba \
+    CUPY_CACHE_DIR=$AQUANT_DATA_DIR/work/cache/cupy \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     OMP_WAIT_POLICY=PASSIVE \
     REMAP_SIGTERM=SIGQUIT

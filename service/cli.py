@@ -39,14 +39,7 @@ app.add_typer(owners)
 
 def main() -> None:
     """Run the command line; errors meant for the user are printed without a traceback."""
-    from service.client import (
-        AddressMalformedError,
-        DigestMismatchError,
-        JobIdMalformedError,
-        KeyMalformedError,
-        ServiceProblemError,
-        ServiceUnreachableError,
-    )
+    from service.client import errors
 
     for entry in entry_points(group=COMMAND_GROUP):
         try:
@@ -55,10 +48,15 @@ def main() -> None:
             _add_missing(entry.name, error.name or str(error))
     try:
         app()
-    except (AddressMalformedError, JobIdMalformedError) as error:
+    except (errors.AddressMalformedError, errors.JobIdMalformedError) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.USAGE)
-    except (DigestMismatchError, KeyMalformedError, ServiceProblemError, ServiceUnreachableError) as error:
+    except (
+        errors.DigestMismatchError,
+        errors.KeyMalformedError,
+        errors.ServiceProblemError,
+        errors.ServiceUnreachableError,
+    ) as error:
         typer.echo(str(error), err=True)
         sys.exit(ExitCode.FAILED)
     except ValidationError as error:

@@ -97,8 +97,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def application() -> FastAPI:
     """The app of a process of its own.
 
-    What is there from the start stays: the collector of garbage need not go through all of it time and again, for
-    which nobody was answered for 0.15 s.
+    What is there from the start stays: the collector of garbage need not go through all of it time and again, while
+    nobody is answered.
     """
     app = create_app()
     gc.collect()

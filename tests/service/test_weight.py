@@ -33,6 +33,14 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in heavy or
              and name != "aquant_core.report"))
 """
 
+FROZEN = """
+import gc
+from service.main import application
+
+app = application()
+print(any(one is app for one in gc.get_objects()))
+"""
+
 CONSTANT_MEMORY = """
 import asyncio, os, resource, sys
 from service.api.forms import FormStream
@@ -69,6 +77,10 @@ def _run(program: str, settings: Settings) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_the_collector_leaves_the_application_alone(settings: Settings) -> None:
+    assert _run(FROZEN, settings) == "False"
 
 
 def test_api_starts_and_answers_without_torch(settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from xml.etree import ElementTree
 
 import pytest
@@ -34,9 +35,9 @@ def test_of_one_reading_there_is_no_curve() -> None:
 
 
 @pytest.mark.parametrize("draw", [accuracy_bars, difference_plot])
-def test_plots_of_rows_are_drawn_for_wide_and_for_slim_pages(draw: object) -> None:
+def test_plots_of_rows_are_drawn_for_wide_and_for_slim_pages(draw: Callable[[list[Bar], str, str], Markup]) -> None:
     bars = [Bar("layer3.0.downsample.conv", 0.5, [0.25, 0.75]), Bar("fc", 0.25, [0.125, 0.5])]
-    drawn: Markup = draw(bars, "What it is", "bars")  # type: ignore[operator]
+    drawn = draw(bars, "What it is", "bars")
     both = ElementTree.fromstring(f"<both>{drawn}</both>")
     assert [part.get("class") for part in both] == ["wide", "slim"]
     wide, slim = (part[0] for part in both)

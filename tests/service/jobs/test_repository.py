@@ -100,6 +100,8 @@ def test_what_a_worker_hands_on_does_not_count_against_the_job(sessions: Session
         with sessions.begin() as session:
             assert JobRepository(session).give_back(held, 2, ERROR) == ends
     assert held.attempt == 7
+    with sessions() as session:
+        assert [series.count for series in Tallies(session).all() if series.what == "retry"] == [1]
 
 
 def test_a_job_that_too_many_workers_hand_on_may_be_why_they_end(sessions: Sessions, add_job: AddJob) -> None:
