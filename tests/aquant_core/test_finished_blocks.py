@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from pipeline_runs import Net
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import ResumeError
@@ -50,29 +50,12 @@ FLOAT_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Net(nn.Module):
-    """A stem, a residual block and a classifier; the mean between them is a block without layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(6)
-        self.first = nn.Conv2d(6, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 6, 3, padding=1)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(x + self.second(torch.relu(self.first(x))))
-        logits: Tensor = self.fc(x.mean((2, 3)))
-        return logits
-
-
 class StoppedError(Exception):
     """Raised by a test's callback."""
 
 
 def make_net(seed: int = 0) -> Net:
+    """Its mean before the classifier is a block without layers."""
     torch.manual_seed(seed)
     return Net().eval()
 
@@ -368,7 +351,9 @@ def by_reference() -> Iterator[None]:
 
 @pytest.mark.usefixtures("by_reference")
 def test_a_killed_run_continues(tmp_path: Path) -> None:
-    child = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # what the tests share
+    argv = [sys.executable, __file__, str(tmp_path)]
+    child = subprocess.run(argv, env=found, capture_output=True, text=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert files(tmp_path) == files_of("aquant", [1])
     result, learned = resume(tmp_path)
