@@ -117,6 +117,11 @@ class Artifacts(ABC):
             for start in range(0, size, READ_BYTES):
                 file.write(self.get_range(key, start, min(size, start + READ_BYTES)))
 
+    def copy(self, key: str, to: str) -> None:
+        """Copy an object to another key, within the store."""
+        with self._answering():
+            obstore.copy(self._store, key, to)
+
     def get_bytes(self, key: str) -> bytes:
         """A small object's bytes."""
         with self._answering():

@@ -41,6 +41,10 @@ def brief(config: QuantizationConfig) -> dict[str, Any]:
     """The configuration without what it would be anyway, and still the same."""
     said = config.model_dump(mode="json", exclude_defaults=True)
     said = {"method": config.method, "preset": config.preset, "seed": config.seed} | said
-    if QuantizationConfig.model_validate(said) != config:  # where nothing is said the fusion depends on the preset
-        said["border"] = said.get("border", {}) | {"fusion": config.border.fusion}
-    return said
+    border = {name: value for name, value in said.pop("border", {}).items() if name != "fusion"}
+    # Where nothing is said of fusion, it depends on the preset and on other settings of the border.
+    for given in (border, border | {"fusion": config.border.fusion}):
+        brought = said | ({"border": given} if given else {})
+        if QuantizationConfig.model_validate(brought) == config:
+            break
+    return brought

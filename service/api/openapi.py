@@ -19,7 +19,8 @@ def _file(description: str) -> dict[str, Any]:
     return {
         "type": "string",
         "format": "binary",
-        "description": f"{description} A part with a file name, or a field that names an upload: `sha256:DIGEST`.",
+        "description": f"{description} A part with a file name, or a field that names "
+        "an upload, `sha256:DIGEST`, or an earlier job with the same file, `job:ID`.",
     }
 
 

@@ -13,10 +13,8 @@ from service.jobs.errors import ConfigError, FormError
 from service.jobs.schemas import WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import CONFIG_REMEDY, TWICE_REMEDY, read_config, read_device
+from service.pages.form import SETTINGS
 from service.settings import Settings
-
-SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture", "dry_run")
-"""Keys of the config that have a field of their own."""
 
 
 class PageFields:

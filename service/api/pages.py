@@ -29,17 +29,20 @@ from service.api.documents import describe
 from service.api.page_fields import PageFields
 from service.api.page_route import CONTENT_POLICY, PageRoute
 from service.api.submitting import take_in
-from service.jobs.errors import ArtifactNotReadyError
+from service.jobs.errors import ArtifactNotReadyError, FormError
 from service.jobs.schemas import JobDocument
 from service.jobs.states import Device, JobState
-from service.pages import progress
+from service.pages import form, progress
 from service.pages.comparison import compare
+from service.pages.form import Draft
 from service.pages.render import STATIC, render, static_file, static_url, title_of
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute)
 
 ON_A_PAGE = 25
 MOST_EVENTS = 5000
+MOST_HURTING = 3
+"""Layers that a job's page offers to raise; the report has them all."""
 
 Document = TypeVar("Document", Report, Plan)
 
@@ -62,11 +65,15 @@ def docs() -> Response:
 
 @router.get("/")
 def index(
+    parts: PartsDep,
     visitor: VisitorDep,
     cursor: Annotated[str | None, Query(max_length=200)] = None,
     state: Annotated[JobState | None, Query()] = None,
+    again: Annotated[str | None, Query(max_length=50)] = None,
+    layer: Annotated[str | None, Query(max_length=1000)] = None,
 ) -> Response:
-    """The form and the queue."""
+    """The form and the queue; the form with the files and settings of a job ``again``, and a ``layer`` of it raised."""
+    draft = Draft() if again is None else _draft(parts, visitor, again, layer)
     with visitor.jobs() as repository:
         page = repository.page(ON_A_PAGE, cursor, state)
         workers = repository.devices()
@@ -78,6 +85,7 @@ def index(
     return _page(
         "index.html",
         visitor,
+        draft=draft,
         jobs=listed,
         following=following,
         first=cursor is None,
@@ -118,6 +126,9 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         report=report,
         plan=plan,
         plot=None if report is None else _accuracy_plot(report),
+        hurting=[] if report is None or report.sensitivity is None else report.sensitivity.layers[:MOST_HURTING],
+        draft=form.again(job),
+        planned=form.planned(job.config),
         others=others,
     )
 
@@ -213,6 +224,22 @@ def comparison(
 
 def _page(template: str, visitor: Owner, status_code: int = 200, **values: object) -> Response:
     return HTMLResponse(render(template, owner=visitor.name, **values), status_code)
+
+
+def _draft(parts: Parts, visitor: Owner, job_id: str, layer: str | None) -> Draft:
+    """The form with an earlier job's files and settings, and what its report says of a layer."""
+    job = jobs.load(visitor, job_id)
+    if layer is None:
+        return form.again(job)
+    report = _read(Report, parts, visitor, job_id)
+    layers = [] if report is None or report.sensitivity is None else report.sensitivity.layers
+    raised = next((each for each in layers if each.layer == layer), None)
+    if raised is None:
+        raise FormError(
+            f"The report of job {job_id} does not say what raising a layer {layer!r} would gain.",
+            "Open the job and choose one of its layers, or name it under layers in the further settings.",
+        )
+    return form.again(job, raised)
 
 
 def _address(job_id: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Protocol
 
 from fastapi import Request
@@ -18,6 +17,7 @@ from service.api.forms import FormStream, Part, read_whole, without_folder
 from service.artifacts import ArtifactsDownError, Stored, job_prefix
 from service.jobs.errors import ConfigError, FormError, ServiceError, UploadTooLargeError
 from service.jobs.owners import Room, check_queued
+from service.jobs.references import References, read_reference
 from service.jobs.schemas import JobRequest, UploadName, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import (
@@ -35,8 +35,6 @@ from service.logs import about
 from service.settings import Settings
 
 MAX_FIELD_BYTES = 4096
-
-_REFERENCE = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Fields(Protocol):
@@ -132,7 +130,7 @@ def _room(owner: Owner, key: str | None) -> Room:
 
 
 async def _read_json(job_id: str, request: Request, owner: Owner, key: str | None, limit: int) -> Submission:
-    """A body that names files uploaded before."""
+    """A body that names files that are here."""
     too_large = UploadTooLargeError(
         f"The JSON body is larger than the {limit} bytes this service takes.", "Send files as uploads."
     )
@@ -144,16 +142,26 @@ async def _read_json(job_id: str, request: Request, owner: Owner, key: str | Non
             raise ConfigError(f"The configuration is not valid: {faults_of(error)}.", CONFIG_REMEDY) from error
         raise FormError(
             f"The body is no job: {faults_of(error, 'the whole', values=False)}.",
-            "See JobRequest in /docs; files are named as sha256:DIGEST.",
+            "See JobRequest in /docs; files are named as sha256:DIGEST or job:ID.",
         ) from error
     if (twice := repeated_key(body)) is not None:
         refusal = ConfigError if twice.startswith("config.") else FormError
         raise refusal(f'The body names "{twice}" twice.', TWICE_REMEDY)
-    named = {"model": asked.model, "calibration": asked.calibration, "evaluation": asked.evaluation}
-    references = {name: _read_reference(name, named[name] or "") for name in UPLOADS if named[name] is not None}
+    named: dict[UploadName, str] = {"model": asked.model, "calibration": asked.calibration}
+    if asked.evaluation is not None:
+        named["evaluation"] = asked.evaluation
     filenames = {name: without_folder(filename) for name, filename in asked.filenames.items()}
     return Submission(
-        job_id, owner.name, asked.config, asked.device, {}, references, filenames, asked.reuse, asked.webhook, key
+        job_id,
+        owner.name,
+        asked.config,
+        asked.device,
+        {},
+        References.of(named),
+        filenames,
+        asked.reuse,
+        asked.webhook,
+        key,
     )
 
 
@@ -163,7 +171,7 @@ async def _receive(
     """Stream the form's files to the store."""
     files: dict[UploadName, Stored] = {}
     filenames: dict[UploadName, str] = {}
-    references: dict[UploadName, str] = {}
+    named: dict[UploadName, str] = {}
     seen: set[str] = set()
     async for part in form.parts():
         if part.name in seen:
@@ -173,31 +181,21 @@ async def _receive(
         if name is None:
             await fields.take(part)
         elif part.filename is None:
-            references[name] = _read_reference(name, await text_of(part))
+            named[name] = read_reference(name, await text_of(part))
         else:
             chunks = room.admit(part.chunks(room.limits.upload_bytes))
             stored = await parts.artifacts.put_stream(job_prefix(job_id) + name, chunks)
             if stored.size or part.filename:  # else a browser's way to say that no file was chosen
                 files[name], filenames[name] = stored, part.filename
     return Submission(
-        job_id, owner.name, fields.config(), fields.device, files, references, filenames, fields.reuse, fields.webhook,
-        key,
+        job_id, owner.name, fields.config(), fields.device, files, References.of(named), filenames, fields.reuse,
+        fields.webhook, key,
     )  # fmt: skip
 
 
 async def text_of(part: Part) -> str:
     """A short field."""
     return (await part.content(MAX_FIELD_BYTES)).decode("utf-8", "replace").strip()
-
-
-def _read_reference(name: str, text: str) -> str:
-    match = _REFERENCE.fullmatch(text)
-    if match is None:
-        raise FormError(
-            f"`{name}` is neither a file nor an upload's name: {text[:80]!r}.",
-            "Send it as a part with a file name, or name an upload as sha256: and its digest in hex.",
-        )
-    return match.group(1)
 
 
 def _read_flag(text: str) -> bool:

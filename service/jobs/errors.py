@@ -141,6 +141,18 @@ class UploadMissingError(ServiceError):
         )
 
 
+class JobFileMissingError(ServiceError):
+    """A job is to have a file of another job that is not there."""
+
+    code = "job_file_missing"
+
+    def __init__(self, name: str, job_id: str) -> None:
+        super().__init__(
+            f"`{name}` is said to be that of job {job_id}, and there is no such job, or it has none.",
+            "Send the file, or name a job that has it; GET /jobs lists them.",
+        )
+
+
 class UploadInUseError(ServiceError):
     """An upload cannot be deleted while a job uses it."""
 

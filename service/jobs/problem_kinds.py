@@ -220,6 +220,11 @@ KINDS: dict[str, Kind] = {
         "A job names an upload (`sha256:...`) that is not there or not complete.",
         "Complete it with `PUT /uploads/{sha256}` first; `HEAD` tells how far it is.",
     ),
+    "job_file_missing": Kind(
+        422,
+        "A job names a file of an earlier job (`job:...`) that is not there.",
+        "Send the file, or name a job that has it; `GET /jobs` lists them.",
+    ),
     "upload_in_use": Kind(
         409, "The upload cannot be deleted while a job uses it.", "Delete the jobs that use it first."
     ),

@@ -115,8 +115,14 @@ class WebhookStatus(BaseModel):
     error: Annotated[str | None, Field(description="Why the latest try came to nothing.")] = None
 
 
-UploadReference = Annotated[
-    str, Field(pattern="^sha256:[0-9a-f]{64}$", description="A complete upload, `sha256:` and its digest in hex.")
+FILE_REFERENCE = "^(sha256:[0-9a-f]{64}|job:[0-9a-f]{24})$"
+FileReference = Annotated[
+    str,
+    Field(
+        pattern=FILE_REFERENCE,
+        description="A complete upload, `sha256:` and its digest in hex; or an earlier job with the same file, `job:` "
+        "and its id.",
+    ),
 ]
 
 
@@ -124,13 +130,13 @@ UploadName = Literal["model", "calibration", "evaluation"]
 
 
 class JobRequest(BaseModel):
-    """A job whose files have been uploaded before."""
+    """A job whose files are here: uploaded before, or those of an earlier job."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: UploadReference
-    calibration: UploadReference
-    evaluation: UploadReference | None = None
+    model: FileReference
+    calibration: FileReference
+    evaluation: FileReference | None = None
     filenames: Annotated[
         dict[UploadName, str], Field(description="What the files are called, to be shown; folders are left out.")
     ] = {}

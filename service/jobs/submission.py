@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from service.jobs.model_files import check_model
 from service.jobs.owners import Account
 from service.jobs.queue import JobQueue, QueueDownError
 from service.jobs.records import ArtifactRecord, JobRecord
+from service.jobs.references import References, earlier_files
 from service.jobs.repository import JobRepository, now
 from service.jobs.schemas import UploadName, WebhookRequest
 from service.jobs.states import Device, JobState
@@ -68,7 +69,7 @@ class Submission:
         config: what is to be done.
         device: what it is to run on, if it matters.
         files: those sent along; they are already in the store, under the job's prefix.
-        references: sha256 in hex of those uploaded before.
+        references: those that are here: uploaded before, or of an earlier job.
         filenames: what the files are called where they came from.
         reuse: whether a job that did the same work will do as well.
         webhook: whom to tell of the end.
@@ -80,7 +81,7 @@ class Submission:
     config: QuantizationConfig | None
     device: Device | None
     files: Mapping[UploadName, Stored]
-    references: Mapping[UploadName, str]
+    references: References
     filenames: Mapping[UploadName, str]
     reuse: bool = False
     webhook: WebhookRequest | None = None
@@ -111,11 +112,11 @@ class Submitter:
         Raises:
             ServiceError: what is wrong with it.
         """
-        config = submission.config
+        config, references = submission.config, submission.references
         if config is None:
             raise ConfigError("The form has no field `config`.", CONFIG_REMEDY)
         for name in ("model", "calibration"):
-            if name not in submission.files and name not in submission.references:
+            if not any(name in sent for sent in (submission.files, references.uploads, references.jobs)):
                 raise FormError(
                     f"The form has no file `{name}`.",
                     FORM_REMEDY,
@@ -123,8 +124,10 @@ class Submitter:
         webhook = (
             None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_networks)
         )
+        submission = self._with_earlier(submission)
         with self._sessions.begin() as session:
-            files = {**submission.files, **_take(self._uploads(session, submission), submission.references)}
+            taken = _take(self._uploads(session, submission), submission.references.uploads)
+        files = {**submission.files, **taken}
         job = JobRecord(
             id=submission.job_id,
             owner=submission.owner,
@@ -181,12 +184,26 @@ class Submitter:
             Account(session, self._settings, submission.owner).check_job(sent)
             if key is not None:
                 keys.add(key, asked, job.id)
-            taken = _take(self._uploads(session, submission), submission.references)
+            taken = _take(self._uploads(session, submission), submission.references.uploads)
             for name, stored in taken.items():  # as they were when they were checked
                 if stored.key not in {artifact.key for artifact in job.artifacts}:
                     raise UploadMissingError(name, stored.sha256)
             repository.add(job)
         return Submitted(job.id, "queued")
+
+    def _with_earlier(self, submission: Submission) -> Submission:
+        """The submission with the files of earlier jobs: uploads are shared, of others it gets its own."""
+        with self._sessions.begin() as session:
+            earlier = earlier_files(session, submission.owner, submission.references.jobs)
+        shared = {file.name: file.stored.sha256 for file in earlier if file.is_shared}
+        copies = {file.name: file.copy(self._artifacts, submission.job_id) for file in earlier if not file.is_shared}
+        filenames = {file.name: file.filename for file in earlier if file.filename is not None}
+        return replace(
+            submission,
+            files={**submission.files, **copies},
+            references=References({**submission.references.uploads, **shared}, {}),
+            filenames={**filenames, **submission.filenames},
+        )
 
     def _announce(self, job_id: str) -> None:
         log.info("job %s is queued", job_id)

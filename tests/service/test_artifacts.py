@@ -50,6 +50,17 @@ def test_stream_is_stored_with_its_size_and_digest(artifacts: Artifacts, tmp_pat
 
 
 @in_every_store
+def test_a_copy_outlives_what_it_is_of(artifacts: Artifacts) -> None:
+    put(artifacts, "jobs/a/model", 2)
+    artifacts.copy("jobs/a/model", "jobs/b/model")
+    artifacts.delete_prefix("jobs/a/")
+    assert artifacts.keys("jobs") == ["jobs/b/model"]
+    assert artifacts.get_bytes("jobs/b/model") == PIECE * 2
+    put(artifacts, "jobs/b/model")
+    assert artifacts.size("jobs/b/model") == len(PIECE)
+
+
+@in_every_store
 def test_an_object_may_be_empty(artifacts: Artifacts, tmp_path: Path) -> None:
     put(artifacts, "jobs/a/model", 0)
     artifacts.get_file("jobs/a/model", tmp_path / "copy")
@@ -161,6 +172,7 @@ def test_what_is_not_there_is_a_missing_file(artifacts: Artifacts, tmp_path: Pat
     for read in (
         lambda: artifacts.get_file("jobs/a/model", tmp_path / "copy"),
         lambda: artifacts.get_bytes("jobs/a/model"),
+        lambda: artifacts.copy("jobs/a/model", "jobs/b/model"),
         lambda: artifacts.open("jobs/a/model"),
         lambda: asyncio.run(artifacts.stream("jobs/a/model", 0, 10)),
     ):

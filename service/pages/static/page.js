@@ -94,7 +94,7 @@ function drop(form, event) {
   for (const file of files) {
     const kind = KINDS.find(([, pattern]) => pattern.test(file.name));
     const name = field && files.length === 1 ? field.dataset.drop : kind && kind[0];
-    if (!name) continue;
+    if (form.elements[name]?.type !== "file") continue; // of an earlier job, or of no kind that is known
     put(form.elements[name], file);
     put_in.push(`${file.name} as ${name}`);
   }

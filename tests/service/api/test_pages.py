@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -417,3 +418,84 @@ def test_pages_of_the_list_follow_each_other(web: Client, page_jobs: PageJobs, m
     second = Outline(web.get(older).text)
     assert f"/page/jobs/{ids[0]}" in second.addresses
     assert f"/page/jobs/{ids[2]}" not in second.addresses
+
+
+def hidden(page: str) -> dict[str, str]:
+    """Fields that a page fills in by itself."""
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', page))
+
+
+def chosen(page: str) -> dict[str, str]:
+    """What the form's selections begin with."""
+    found = {}
+    for name, options in re.findall(r'<select id="(\w+)"[^>]*>(.*?)</select>', page, re.DOTALL):
+        found[name] = "".join(re.findall(r'value="(\w*)" selected', options))
+    return found
+
+
+def test_a_job_again_begins_with_its_files_and_settings(web: Client, onnx_model: bytes, images: bytes) -> None:
+    config = {"seed": 7, "layers": {"conv1": {"weight_bits": 3}}}
+    address = submit(web, onnx_model, images, config=json.dumps(config)).headers["location"]
+    job_id = address.rpartition("/")[2]
+    assert f"/?again={job_id}" not in Outline(web.get(address).text).addresses  # it has not ended
+    web.post(f"/jobs/{job_id}/cancel").raise_for_status()
+    (link,) = [found for found in Outline(web.get(address).text).addresses if found.startswith("/?again=")]
+    page = web.get(link).text
+    assert hidden(page) == {"model": f"job:{job_id}", "calibration": f"job:{job_id}"}
+    assert re.findall(r'type="file" id="(\w+)"', page) == ["evaluation"]  # what that job did not have
+    assert chosen(page) == {
+        "weight_bits": "2", "activation_bits": "4", "method": "qdrop", "preset": "smoke", "device": "",
+    }  # fmt: skip
+    for words in ("net.onnx again", "net.onnx", "images.npz"):
+        assert words in Outline(page).words
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    further = html.unescape(further)
+    assert json.loads(further) == config
+    # Sent as it is, it is the same job.
+    again = submit(web, onnx_model, images, **hidden(page), config=further).headers["location"]
+    first, second = (web.get(found.removeprefix("/page")).json() for found in (address, again))
+    assert second["config"] == first["config"]
+    assert second["files"] == first["files"]
+    assert second["name"] == "net.onnx"
+
+
+def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) -> None:
+    report = reports.run()
+    worst = report["sensitivity"]["layers"][0]
+    config = {**CONFIG, "seed": 3, "layers": {"fc": {"weight_bits": 4}}}
+    job_id = page_jobs.succeeded(report, config=config)
+    links = [link for link in Outline(web.get(f"/page/jobs/{job_id}").text).addresses if "&layer=" in link]
+    assert len(links) == min(3, len(report["sensitivity"]["layers"]))
+    page = web.get(links[0]).text
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    weight_bits, activation_bits = worst["raised_bits"]
+    raised = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    layers = json.loads(html.unescape(further))["layers"]
+    assert layers == {"fc": {"weight_bits": 4}, worst["layer"]: raised}
+    assert "<details open>" in page
+    refused = web.get(f"/?again={job_id}&layer=none")
+    assert refused.status_code == 400
+    assert "'none'" in Outline(refused.text).words
+    unranked = page_jobs.succeeded(reports.run(sensitivity=False), config=CONFIG)
+    assert "&layer=" not in "".join(Outline(web.get(f"/page/jobs/{unranked}").text).addresses)
+    assert web.get(f"/?again={unranked}&layer=fc").status_code == 400
+
+
+def test_what_was_forecast_is_started_from_its_page(
+    web: Client, page_jobs: PageJobs, onnx_model: bytes, images: bytes
+) -> None:
+    more = json.dumps({"seed": 5, "layers": {"fc": {"weight_bits": 4}}})
+    address = submit(web, onnx_model, images, dry_run="true", config=more).headers["location"]
+    assert 'id="start"' not in web.get(address).text  # it has not been forecast yet
+    plan = json.dumps(reports.planned(method="qdrop")).encode()
+    page_jobs.end(address.rpartition("/")[2], JobState.SUCCEEDED, files={"report": plan})
+    page = web.get(address).text
+    assert 'id="start"' in page
+    fields = {name: (None, html.unescape(value)) for name, value in hidden(page).items()}
+    assert fields.keys() == {"model", "calibration", "config"}
+    answer = web.post("/page/jobs", files=fields, headers=OWN)
+    assert answer.status_code == 303
+    planned, started = (web.get(at.removeprefix("/page")).json() for at in (address, answer.headers["location"]))
+    assert planned["config"]["dry_run"]
+    assert started["config"] == planned["config"] | {"dry_run": False}
+    assert started["files"] == {name: planned["files"][name] for name in ("model", "calibration")}

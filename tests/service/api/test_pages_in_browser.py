@@ -49,11 +49,16 @@ def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: Pag
     page_jobs.queued()
     files = {"report": json.dumps(reports.planned()).encode()}
     planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED, files=files)
+    report = reports.run()
+    ranked, worst = page_jobs.succeeded(report), report["sensitivity"]["layers"][0]["layer"]
     watched = open_page("/", expected=("404", "422"))
     paths = [
         "/",
         *(f"/page/jobs/{job_id}" for job_id in (running, failed, done[0], planned)),
         f"/page/jobs/{planned}/report",
+        f"/?again={planned}",
+        f"/?again={ranked}&layer={worst}",
+        f"/page/jobs/{ranked}",
         f"/page/compare?job={done[0]}&job={done[1]}",
         "/page/compare",
         "/page/jobs/none",
@@ -86,6 +91,28 @@ def test_the_sign_in_form_passes_axe_and_keeps_the_key(
     assert page.evaluate("document.cookie") == ""
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_a_layer_is_raised_in_two_clicks(
+    open_page: Open, page_jobs: PageJobs, web: Client, onnx_model: bytes, images: bytes
+) -> None:
+    report = reports.run()
+    worst = report["sensitivity"]["layers"][0]["layer"]
+    form = {"model": ("net.onnx", onnx_model), "calibration": images, "config": (None, json.dumps(CONFIG))}
+    job_id = web.post("/jobs", files=form).json()["id"]
+    page_jobs.end(job_id, JobState.SUCCEEDED, files={"report": json.dumps(report).encode()})
+    page = open_page(f"/page/jobs/{job_id}").page
+    page.get_by_role("link", name=f"Again with {worst} raised").click()
+    expect(page.get_by_label("Further settings as JSON")).to_have_value(re.compile(f'"{worst}"'))
+    # Nothing can be dropped on a field that is not there.
+    dropped = page.evaluate_handle(
+        "() => { const dropped = new DataTransfer(); dropped.items.add(new File(['x'], 'net.onnx')); return dropped; }"
+    )
+    page.dispatch_event("#submission", "drop", {"dataTransfer": dropped})
+    expect(page.get_by_role("status")).to_have_text("No file that is known here.")
+    page.get_by_role("button", name="Quantize").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx AQuant, W2A2")
+    expect(page.locator("#rest")).to_contain_text(worst)
 
 
 def test_a_job_is_submitted_by_keyboard_alone(open_page: Open, files: dict[str, Path]) -> None:

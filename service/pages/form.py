@@ -1,0 +1,59 @@
+"""What the form of a submission begins with: the usual, or an earlier job's files and settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from aquant_core.config import QuantizationConfig
+from aquant_core.report.commands import brief
+from aquant_core.report.schema import SensitiveLayer
+from service.jobs.schemas import JobDocument, UploadName
+
+SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture", "dry_run")
+"""Keys of the config that have a field of their own."""
+
+_USUAL = QuantizationConfig.model_validate({"weight_bits": 2, "activation_bits": 2})
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The form before anybody has changed it.
+
+    Attributes:
+        config: what its fields say.
+        further: the rest of the configuration as JSON, or nothing.
+        job: whose files are taken, unless others are sent.
+    """
+
+    config: QuantizationConfig = _USUAL
+    further: str = ""
+    job: JobDocument | None = None
+
+    @property
+    def filenames(self) -> dict[UploadName, str]:
+        """The earlier job's files, by what they are called."""
+        if self.job is None:
+            return {}
+        names: tuple[UploadName, ...] = ("model", "calibration", "evaluation")
+        found = {name: self.job.files[name] for name in names if name in self.job.files}
+        return {name: file.filename or f"sha256:{file.sha256[:12]}" for name, file in found.items()}
+
+
+def again(job: JobDocument, raised: SensitiveLayer | None = None) -> Draft:
+    """An earlier job once more, with a layer at the bits that its report speaks of."""
+    further = {name: value for name, value in brief(job.config).items() if name not in SETTINGS}
+    if further.get("seed") == 0:
+        del further["seed"]
+    if raised is not None:
+        weight_bits, activation_bits = raised.raised_bits
+        layer: dict[str, Any] = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        further["layers"] = {**further.get("layers", {}), raised.layer: layer}
+    said = json.dumps(further, indent=1) if further else ""
+    return Draft(job.config, said, job)
+
+
+def planned(config: QuantizationConfig) -> str:
+    """The configuration of the run that a dry run has planned, as JSON."""
+    return json.dumps(brief(config.model_copy(update={"dry_run": False})))
