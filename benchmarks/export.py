@@ -5,8 +5,8 @@
 Networks with random weights, rounded to nearest, with borders by channel drawn at random: speed does not depend on
 what was learned. The float network is written by the same exporter, BatchNorm folded. Variants run in turns, so that
 whatever else the machine does meets all of them; ratios are medians over the rounds, with their quartiles. Then where
-the time goes, by operator, and single convolutions in every integer form that onnxruntime has, which is what the
-exporter's choice rests on.
+the time goes, by operator; single convolutions in every integer form that onnxruntime has, which is what the
+exporter's choice rests on; and ways from a layer's sums to the next one's codes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ CONVOLUTIONS = (
     (8, 144, 56, 144, 3, 1, 144),
 )
 
+STAGES = (
+    # channels, size, bits
+    (64, 56, 2),
+    (64, 56, 4),
+    (256, 14, 2),
+    (144, 56, 2),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,6 +80,7 @@ def main() -> None:
         write(options.out, results)
     results["operators"] = {name: of_operators(name) for name in options.networks if name not in NETWORKS}
     results["convolutions"] = [of_convolution(*shape) for shape in CONVOLUTIONS]
+    results["stages"] = [of_stage(*stage) for stage in STAGES]
     write(options.out, results)
 
 
@@ -195,6 +204,65 @@ def of_convolution(
     row |= {"kernel": kernel, "stride": stride, "groups": groups, "forms": in_turns(forms, "Conv, float")}
     print({name: form["over_float"] for name, form in row["forms"].items()}, flush=True)
     return row
+
+
+def of_stage(channels: int, size: int, bits: int) -> dict[str, Any]:
+    """From the int32 sums of a layer to the codes of one that alone reads it, over a float 3 x 3 convolution between
+    as many channels: through values, as the exporter does; by thresholds on the sums; by a table of all sums.
+    """
+    generator = np.random.default_rng(0)
+    most = 9 * channels * (2**bits - 1) ** 2 // 2
+    sums = generator.integers(-most // 4, most // 4, (1, channels, size, size)).astype(np.int32)
+    borders = np.sort(generator.integers(-most // 4, most // 4, (2**bits - 1, 1, channels, 1, 1)).astype(np.int32), 0)
+    by_channel = (1, channels, 1, 1)
+    scaled = [
+        helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "bias"], ["biased"]),
+        helper.make_node("Relu", ["biased"], ["value"]),
+    ]
+    constants: dict[str, Any] = {"scale": np.full(by_channel, 1, np.float32), "bias": np.zeros(by_channel, np.float32)}
+    values = {f"t{number}": border.astype(np.float32) for number, border in enumerate(borders)}
+    looked_up = [
+        helper.make_node("Clip", ["x", "low", "high"], ["within"]),
+        helper.make_node("Add", ["within", "start"], ["place"]),
+        helper.make_node("Gather", ["table", "place"], ["y"]),
+    ]
+    table = {
+        "low": np.int32(-most),
+        "high": np.int32(most),
+        "start": (np.arange(channels, dtype=np.int32) * (2 * most + 1) + most).reshape(by_channel),
+        "table": np.zeros(channels * (2 * most + 1), np.uint8),
+    }
+    weight = generator.standard_normal((channels, channels, 3, 3)).astype(np.float32)
+    convolution = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)]
+    uint8 = TensorProto.UINT8
+    forms = {
+        "Conv, float": _single(convolution, {"w": weight}, sums.astype(np.float32), TensorProto.FLOAT),
+        "values": _single([*scaled, *_counted("value", len(borders))], constants | values, sums, uint8),
+        "sums": _single(
+            _counted("x", len(borders)), {f"t{number}": border for number, border in enumerate(borders)}, sums, uint8
+        ),
+        "table": _single(looked_up, table, sums, uint8),
+    }
+    row: dict[str, Any] = {"channels": channels, "size": size, "bits": bits, "forms": in_turns(forms, "Conv, float")}
+    print({name: form["over_float"] for name, form in row["forms"].items()}, flush=True)
+    return row
+
+
+def _counted(name: str, thresholds: int) -> list[onnx.NodeProto]:
+    """How many thresholds a value is above."""
+    nodes, above = [], []
+    for number in range(thresholds):
+        nodes.append(helper.make_node("Greater", [name, f"t{number}"], [f"above{number}"]))
+        nodes.append(helper.make_node("Cast", [f"above{number}"], [f"one{number}"], to=TensorProto.UINT8))
+        above.append(f"one{number}")
+    total = above[0]
+    for number, one in enumerate(above[1:], 1):
+        following = "y" if number == thresholds - 1 else f"total{number}"
+        nodes.append(helper.make_node("Add", [total, one], [following]))
+        total = following
+    return nodes
 
 
 def _over_columns(x: np.ndarray, w: np.ndarray, stride: int) -> Callable[[], Any]:
