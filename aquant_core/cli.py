@@ -202,15 +202,12 @@ def _percent(share: float) -> str:
 
 
 def _device(name: str) -> torch.device:
-    from aquant_core.resources import usable_device
+    from aquant_core.resources import Resources
 
     try:
-        device = usable_device(name)
+        return Resources(name).device
     except DeviceError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
-    return device
 
 
 @contextlib.contextmanager

@@ -270,7 +270,7 @@ KINDS: dict[str, Kind] = {
         "Copy or download it again from where it was written, or quantize anew with this version.",
     ),
     "device_unavailable": _library(
-        "A network was to run on a device that is not there; jobs run on their worker's.",
+        "A network was to run, or be quantized, on a device that is not there; jobs run on their worker's.",
         'Run it with `device="cpu"`, or on a machine with an NVIDIA driver and a torch that was built for CUDA.',
     ),
     "resume_mismatch": _job(

@@ -222,6 +222,7 @@ def test_what_came_of_a_target_is_told(drop: str, told: str, folder: Path, tmp_p
         (["-o", "absent/q"], 2, "there is no folder"),
         (["--report", "absent/report.json"], 2, "there is no folder"),
         (["--device", "cuda:99"], 2, "CUDA devices"),
+        (["--device", "meta"], 2, "'meta' is neither cpu nor cuda"),
         (["--evaluation", "text"], 1, "The evaluation file cannot be read"),
         (["--resume-from", "blocks/below"], 1, "Not a directory"),
     ],
