@@ -14,6 +14,9 @@ from aquant_core.errors import DeviceError
 
 _REMEDY = 'Choose "cpu", or "cuda" where there is a GPU.'
 
+_SHARE_OF_LIMIT = 0.9
+"""No block in ``benchmarks/results/memory.json`` took more than 1.1 times its forecast, by which budgets are kept."""
+
 _CLEAR_PEAK = "5"
 """Written to /proc/self/clear_refs, it resets the peak resident size (proc(5))."""
 
@@ -32,10 +35,10 @@ class Resources:
         device: where the arithmetic is done; given as a name or CUDA's number, too.
         device_bytes: memory it may take on an accelerator; None for 9/10 of what is free. Not used on a CPU.
         memory_bytes: memory the process may fill in all before block inputs and outputs go to disk; None for what it
-            has and 8/10 of what is available.
+            has and 8/10 of what is available, at most 9/10 of ``limit_bytes``.
         folder: where block inputs and outputs go that fit into neither; None for the system's temporary folder.
         limit_bytes: main memory above which whoever runs the process stops it, mapped files left out; None without such
-            a limit. It changes nothing in a run: a plan tells whether its forecast is beyond it.
+            a limit. A plan tells whether its forecast is beyond it.
 
     Raises:
         DeviceError: the device is not there, or neither a CPU nor one of CUDA.
@@ -73,7 +76,10 @@ class Resources:
 
     def memory_budget(self) -> int:
         """Bytes of main memory, those that the process holds already included."""
-        return self.memory_bytes if self.memory_bytes is not None else resident_bytes() + int(0.8 * available_bytes())
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        fits = resident_bytes() + int(0.8 * available_bytes())
+        return fits if self.limit_bytes is None else min(fits, int(_SHARE_OF_LIMIT * self.limit_bytes))
 
 
 def usable_device(device: str | int | torch.device) -> torch.device:

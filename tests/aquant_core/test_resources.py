@@ -118,6 +118,15 @@ def test_the_budget_by_default_is_within_the_machine() -> None:
     assert 0 < available_bytes() < psutil.virtual_memory().total
 
 
+def test_the_budget_by_default_is_below_the_limit() -> None:
+    limit = resident_bytes() + available_bytes() // 4
+    assert Resources(limit_bytes=limit).memory_budget() == int(0.9 * limit)
+    assert Resources(limit_bytes=1).memory_budget() == 0
+    assert limit < Resources(limit_bytes=1 << 60).memory_budget() < psutil.virtual_memory().total
+    for given in (0, 2 * limit):  # whoever gives a number means it
+        assert Resources(memory_bytes=given, limit_bytes=limit).memory_budget() == given
+
+
 LIMIT, CURRENT = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current"))
 
 
