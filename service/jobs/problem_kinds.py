@@ -306,6 +306,11 @@ KINDS: dict[str, Kind] = {
         "The job took more memory than this deployment gives it.",
         "Send fewer images or a smaller network, or have the operator raise `AQUANT_JOB_MEMORY_BYTES`.",
     ),
+    "memory_exceeded": _job(
+        "The memory of the worker's machine does not do for this job.",
+        "Send fewer images or a smaller network, or have the operator lower `AQUANT_MEMORY_BYTES` or give the worker "
+        "more memory.",
+    ),
     "gpu_memory_exceeded": _job(
         "The GPU's memory does not do for this job.",
         "Submit it with `device` cpu, or have the operator lower `AQUANT_DEVICE_MEMORY_BYTES`.",
