@@ -14,7 +14,13 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from aquant_core.errors import CaptureMismatchError, ModelFormatError, NonFiniteError, UnsupportedOperatorError
+from aquant_core.errors import (
+    CaptureMismatchError,
+    ModelFormatError,
+    NonFiniteError,
+    UnsupportedOperatorError,
+    memory_is_full,
+)
 from aquant_core.graph import INPUT, CapturedModel
 from aquant_core.graph_builder import GraphBuilder, unsupported
 from aquant_core.onnx_file import EXPORT_AGAIN, fixed_batch, only_input, read_onnx
@@ -46,6 +52,8 @@ def capture_onnx(path: str | Path, example: Tensor) -> CapturedModel:
     try:
         captured = _Conversion(model, example).run()
     except _INCONSISTENT as error:
+        if memory_is_full(error):
+            raise
         raise ModelFormatError(f"The ONNX graph contradicts itself: {error}.", EXPORT_AGAIN) from error
     _compare_with_onnxruntime(model, captured, example)
     return captured

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import AQuantError, DeviceError
+from aquant_core.errors import AQuantError, DeviceError, memory_is_full
 from aquant_core.progress import Progress
 from aquant_core.run_options import AsJson, Calibration, Evaluation, Model, configured
 
@@ -202,15 +202,12 @@ def _percent(share: float) -> str:
 
 
 def _device(name: str) -> torch.device:
-    from aquant_core.resources import usable_device
+    from aquant_core.resources import Resources
 
     try:
-        device = usable_device(name)
+        return Resources(name).device
     except DeviceError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
-    return device
 
 
 @contextlib.contextmanager
@@ -221,8 +218,13 @@ def _errors_told() -> Iterator[None]:
     except AQuantError as error:
         typer.echo(f"{error.detail} {error.remedy}", err=True)
         raise typer.Exit(1) from error
-    except OSError as error:
-        typer.echo(f"{error.filename or 'A file'}: {error.strerror or error}", err=True)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if memory_is_full(error):
+            typer.echo("The memory of this machine does not do. Give fewer images or a smaller network.", err=True)
+        elif isinstance(error, OSError):
+            typer.echo(f"{error.filename or 'A file'}: {error.strerror or error}", err=True)
+        else:
+            raise
         raise typer.Exit(1) from error
 
 

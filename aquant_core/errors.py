@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+_MEMORY_WORDS = (os.strerror(errno.ENOMEM), "DefaultCPUAllocator", "std::bad_alloc")
+
 
 class AQuantError(Exception):
     """Base of every error this package raises on purpose.
@@ -106,3 +111,8 @@ class DeviceError(AQuantError):
     """The device asked for is not there."""
 
     code = "device_unavailable"
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether it says that main memory does not do: numpy has a class for that, torch has words alone."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS)

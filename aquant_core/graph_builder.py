@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquant_core.errors import AQuantError, ModelFormatError, NonFiniteError, UnsupportedOperatorError
+from aquant_core.errors import AQuantError, ModelFormatError, NonFiniteError, UnsupportedOperatorError, memory_is_full
 from aquant_core.graph import INPUT, OPERATORS, CapturedModel, Node, without_dead_nodes
 
 
@@ -59,6 +59,8 @@ class GraphBuilder:
             with torch.inference_mode():
                 self.values[name] = OPERATORS[op](node.attributes, held, *(self.values[i] for i in inputs))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if memory_is_full(error):
+                raise
             shapes = [tuple(self.values[i].shape) for i in inputs]
             raise ModelFormatError(
                 f"{op} {name!r} cannot take inputs of shape {shapes}: {str(error).splitlines()[0]}.",
@@ -75,6 +77,8 @@ class GraphBuilder:
         try:
             target = self.values[source].reshape(tuple(shape)).shape
         except (RuntimeError, TypeError) as error:
+            if memory_is_full(error):
+                raise
             raise ModelFormatError(
                 f"reshape {name!r} cannot take inputs of shape {[tuple(self.values[source].shape)]}: {error}.",
                 "Check that the images have the shape that the network expects.",

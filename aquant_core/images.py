@@ -21,7 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aquant_core.config import Preprocess, QuantizationConfig
-from aquant_core.errors import ImageSetError, NonFiniteError, PreprocessMissingError, UnknownLayerError
+from aquant_core.errors import (
+    ImageSetError,
+    NonFiniteError,
+    PreprocessMissingError,
+    UnknownLayerError,
+    memory_is_full,
+)
 from aquant_core.graph import CapturedModel
 from aquant_core.image_archive import archive_kind, read_archive
 
@@ -34,7 +40,7 @@ _REMEDY = (
 Kind = Literal["calibration", "evaluation"]
 
 _UNREADABLE = (
-    OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError, SyntaxError,
+    OSError, TypeError, ValueError, EOFError, LookupError, AttributeError, RuntimeError, SyntaxError,
     tokenize.TokenError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile, tarfile.TarError, SafetensorError,
 )  # fmt: skip
 """What numpy, zipfile, tarfile and safetensors raise on damaged files."""
@@ -89,6 +95,7 @@ def read_images(path: str | Path, what: Kind = "calibration", preprocess: Prepro
     Raises:
         ImageSetError: unreadable, or of a wrong shape or type.
         NonFiniteError: NaN or infinity.
+        MemoryError, RuntimeError: there is no memory for them, or for what their header claims.
     """
     if (archived := _read_archive(Path(path), what, preprocess)) is not None:
         return archived
@@ -141,7 +148,7 @@ def _read_labels(labels: np.ndarray | None, count: int, what: Kind) -> Tensor | 
 
 def _read_archive(path: Path, what: Kind, preprocess: Preprocess | None) -> ImageSet | None:
     """The images of an archive of image files; None if the file is something else."""
-    try:
+    with _named_if_unreadable(what):
         kind = archive_kind(path)
         if kind is None:
             return None
@@ -151,28 +158,33 @@ def _read_archive(path: Path, what: Kind, preprocess: Preprocess | None) -> Imag
                 'Set "preprocess" to the size, crop, mean and std of the training; {} takes the usual ones.',
             )
         return ImageSet(*read_archive(path, kind, preprocess))
-    except _UNREADABLE as error:
-        raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 
 
 def _read_arrays(path: Path, what: Kind) -> dict[str, np.ndarray]:
+    with _named_if_unreadable(what), path.open("rb") as file:
+        head = file.read(9)
+        if head[8:9] == b"{" and not head.startswith(b"PK"):
+            return dict(load_file(path))
+        if not head.startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle, and say so
+            raise ValueError("it is neither .npz, .npy nor safetensors")
+        file.seek(0)
+        loaded: Any = np.load(file, allow_pickle=False)  # by its path, numpy leaves a damaged file open
+        if isinstance(loaded, np.ndarray):
+            return {"images": loaded}
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds something other than arrays")  # of which numpy gives the bytes
+        return arrays
+
+
+@contextlib.contextmanager
+def _named_if_unreadable(what: Kind) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-            if head[8:9] == b"{" and not head.startswith(b"PK"):
-                return dict(load_file(path))
-            if not head.startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle, and say so
-                raise ValueError("it is neither .npz, .npy nor safetensors")
-            file.seek(0)
-            loaded: Any = np.load(file, allow_pickle=False)  # by its path, numpy leaves a damaged file open
-            if isinstance(loaded, np.ndarray):
-                return {"images": loaded}
-            with loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise ValueError("it holds something other than arrays")  # of which numpy gives the bytes
-            return arrays
+        yield
     except _UNREADABLE as error:
+        if memory_is_full(error):
+            raise
         raise ImageSetError(f"The {what} file cannot be read: {error}.", _REMEDY) from error
 
 
@@ -250,6 +262,7 @@ def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dt
         ImageSetError: the images are not (N, C, H, W) of a floating point type, or the network fails on their size or
             type.
         torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken, whatever the images' size.
+        RuntimeError: the main memory is full; see ``memory_is_full``.
     """
     shape = tuple(images.shape)
     unfit = ImageSetError(
@@ -264,6 +277,8 @@ def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dt
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (RuntimeError, ValueError) as error:
+        if memory_is_full(error):
+            raise
         sized = all(size in (None, got) for size, got in zip(wanted, shape[1:], strict=True))
         if sized and dtype in (None, images.dtype):
             raise

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from aquant_core.errors import DeviceError
+
+_REMEDY = 'Choose "cpu", or "cuda" where there is a GPU.'
+
+_SHARE_OF_LIMIT = 0.9
+"""No block in ``benchmarks/results/memory.json`` took more than 1.1 times its forecast, by which budgets are kept."""
 
 _CLEAR_PEAK = "5"
 """Written to /proc/self/clear_refs, it resets the peak resident size (proc(5))."""
@@ -22,25 +27,43 @@ _CONTROL_GROUP_FILES = (
 """Limit and use of memory, in version 2 and in version 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Resources:
     """What a quantization may use.
 
     Attributes:
-        device: where the arithmetic is done.
+        device: where the arithmetic is done; given as a name or CUDA's number, too.
         device_bytes: memory it may take on an accelerator; None for 9/10 of what is free. Not used on a CPU.
         memory_bytes: memory the process may fill in all before block inputs and outputs go to disk; None for what it
-            has and 8/10 of what is available.
+            has and 8/10 of what is available, at most 9/10 of ``limit_bytes``.
         folder: where block inputs and outputs go that fit into neither; None for the system's temporary folder.
         limit_bytes: main memory above which whoever runs the process stops it, mapped files left out; None without such
-            a limit. It changes nothing in a run: a plan tells whether its forecast is beyond it.
+            a limit. A plan tells whether its forecast is beyond it.
+
+    Raises:
+        DeviceError: the device is not there, or neither a CPU nor one of CUDA.
     """
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    device_bytes: int | None = None
-    memory_bytes: int | None = None
-    folder: Path | None = None
-    limit_bytes: int | None = None
+    device: torch.device
+    device_bytes: int | None
+    memory_bytes: int | None
+    folder: Path | None
+    limit_bytes: int | None
+
+    def __init__(
+        self,
+        device: str | int | torch.device = "cpu",
+        device_bytes: int | None = None,
+        memory_bytes: int | None = None,
+        folder: Path | None = None,
+        limit_bytes: int | None = None,
+    ) -> None:
+        found = usable_device(device)
+        if found.type not in ("cpu", "cuda"):
+            raise DeviceError(f"{str(found)!r} is neither cpu nor cuda.", _REMEDY)
+        given = (found, device_bytes, memory_bytes, folder, limit_bytes)
+        for attribute, value in zip(fields(self), given, strict=True):
+            object.__setattr__(self, attribute.name, value)
 
     def device_budget(self) -> int:
         """Bytes on the accelerator; 0 on a CPU."""
@@ -53,7 +76,10 @@ class Resources:
 
     def memory_budget(self) -> int:
         """Bytes of main memory, those that the process holds already included."""
-        return self.memory_bytes if self.memory_bytes is not None else resident_bytes() + int(0.8 * available_bytes())
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        fits = resident_bytes() + int(0.8 * available_bytes())
+        return fits if self.limit_bytes is None else min(fits, int(_SHARE_OF_LIMIT * self.limit_bytes))
 
 
 def usable_device(device: str | int | torch.device) -> torch.device:
@@ -62,16 +88,16 @@ def usable_device(device: str | int | torch.device) -> torch.device:
     Raises:
         DeviceError: it is no device, or there are not as many of CUDA.
     """
-    remedy = 'Choose "cpu", or "cuda" where there is a GPU.'
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
-        raise DeviceError(f"{device!r} is no device.", remedy) from error
-    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise DeviceError(f"{device!r} is no device.", _REMEDY) from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # some are counted that cannot be used
+    if found.type == "cuda" and (found.index or 0) >= count:
         built = "" if torch.version.cuda else ", and this torch was built without CUDA"
         raise DeviceError(
             f"Device {str(found)!r} is not there: {count} CUDA devices are usable{built}.",
-            remedy + " A GPU needs the NVIDIA driver and a torch that was built for CUDA.",
+            _REMEDY + " A GPU needs the NVIDIA driver and a torch that was built for CUDA.",
         )
     return found
 

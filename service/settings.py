@@ -145,7 +145,11 @@ class Settings(BaseSettings):
     ] = "auto"
     memory_bytes: Annotated[
         int | None,
-        Field(ge=0, description="Memory a job fills before block inputs go to disk; else most of the machine's."),
+        Field(
+            ge=0,
+            description="Memory a job fills before block inputs go to disk; else most of the machine's, at most 9/10 "
+            "of job_memory_bytes.",
+        ),
     ] = None
     device_memory_bytes: Annotated[
         int | None, Field(ge=0, description="The same on the GPU, before it keeps them in memory; else most of it.")

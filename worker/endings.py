@@ -22,6 +22,12 @@ GPU_FULL = Problem.of_job(
     "Submit it with `device` cpu, or have the operator lower AQUANT_DEVICE_MEMORY_BYTES, from which on block inputs "
     "stay in the machine's memory.",
 )
+MEMORY_FULL = Problem.of_job(
+    "memory_exceeded",
+    "The memory of the worker's machine does not do for this job.",
+    "Send fewer images or a smaller network, or have the operator lower AQUANT_MEMORY_BYTES, from which on block "
+    "inputs go to disk, or give the worker more memory.",
+)
 
 
 def unexpected(error: Exception, job_id: str) -> Problem:

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import AQuantError
+from aquant_core.errors import AQuantError, memory_is_full
 from service.jobs.schemas import Problem
 from worker.confinement import confine
 from worker.sandbox import Limits
@@ -72,23 +72,24 @@ def main(path: str) -> int:
         _say(warnings=take_in(request, folder))
     except AQuantError as error:
         problem = Problem.of_job(error.code, error.detail, error.remedy)
-    except MemoryError:
-        problem = Problem.of_job(
-            "upload_too_large_for_memory",
-            f"Reading the upload takes more than the {request.limits.memory_bytes} bytes it is given.",
-            "Send a smaller model or fewer images, or have the operator raise AQUANT_INTAKE_MEMORY_BYTES.",
-        )
     except Exception as error:  # a file made to break its reader ends here
         traceback.print_exc()
         if disk_is_full(error):
             _say(lost=True, problem=DISK_FULL.model_dump())
             return 1
-        text = str(error).splitlines()[0][:300] if str(error) else "no further word"
-        problem = Problem.of_job(
-            "upload_unreadable",
-            f"The upload could not be read: {type(error).__name__}: {text}.",
-            "Check that the model runs where it was exported, and send it again.",
-        )
+        if memory_is_full(error):
+            problem = Problem.of_job(
+                "upload_too_large_for_memory",
+                f"Reading the upload takes more than the {request.limits.memory_bytes} bytes it is given.",
+                "Send a smaller model or fewer images, or have the operator raise AQUANT_INTAKE_MEMORY_BYTES.",
+            )
+        else:
+            text = str(error).splitlines()[0][:300] if str(error) else "no further word"
+            problem = Problem.of_job(
+                "upload_unreadable",
+                f"The upload could not be read: {type(error).__name__}: {text}.",
+                "Check that the model runs where it was exported, and send it again.",
+            )
     else:
         return 0
     _say(problem=problem.model_dump())

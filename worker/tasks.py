@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import AQuantError
+from aquant_core.errors import AQuantError, memory_is_full
 from aquant_core.progress import Progress
 from service.artifacts import ArtifactsDownError, blocks_prefix, job_prefix, open_artifacts
 from service.jobs.announcement import announce
@@ -34,7 +34,7 @@ from service.tracing import context_of, send, tracer_provider
 from worker.admission import IntakeFailedError, IntakeLostError, admit
 from worker.blocks import BlockStore
 from worker.celery_app import app, settings
-from worker.endings import GPU_FULL, GPU_LOST, STORE_LOST, problem_of, unexpected
+from worker.endings import GPU_FULL, GPU_LOST, MEMORY_FULL, STORE_LOST, problem_of, unexpected
 from worker.lease import JobStopError, Lease, LeaseLostError, WorkerEndingError, told_to_end
 from worker.presence import worker_name
 from worker.reporting import publish, publish_plan
@@ -139,6 +139,9 @@ class JobRunner:
             if disk_is_full(error):
                 log.warning("job %s: %s", job.id, error)
                 return self._give_back(lease, DISK_FULL)
+            if memory_is_full(error):
+                log.warning("job %s: %r", job.id, error)
+                return self._finish(lease, JobState.FAILED, MEMORY_FULL)
             from worker.device import gpu_is_full, gpu_is_lost  # torch: it is imported by now, or the error is another
 
             if gpu_is_lost(error):

@@ -51,11 +51,13 @@ SUBMISSION: dict[str, Any] = {
                             "description": "If a job with the same config and files has succeeded, answer with that "
                             "one (200).",
                         },
+                        "filenames": JobRequest.model_json_schema()["properties"]["filenames"],
                         "webhook": {"$ref": f"{_SCHEMAS}WebhookRequest"},
                     },
                 },
                 "encoding": {
                     "config": {"contentType": "application/json"},
+                    "filenames": {"contentType": "application/json"},
                     "webhook": {"contentType": "application/json"},
                 },
             },

@@ -10,7 +10,7 @@ from aquant_core.config_reading import repeated_key
 from service.api.forms import Part
 from service.api.submitting import text_of
 from service.jobs.errors import ConfigError, FormError
-from service.jobs.schemas import WebhookRequest
+from service.jobs.schemas import UploadName, WebhookRequest
 from service.jobs.states import Device
 from service.jobs.submission import CONFIG_REMEDY, TWICE_REMEDY, read_config, read_device
 from service.pages.form import SETTINGS
@@ -28,6 +28,7 @@ class PageFields:
         self._said: dict[str, str] = {}
         self._more = b""
         self.device: Device | None = None
+        self.filenames: dict[UploadName, str] = {}
 
     async def take(self, part: Part) -> None:
         """Read a field."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.config_reading import faults_of, repeated_key
@@ -43,6 +43,7 @@ class Fields(Protocol):
     device: Device | None
     reuse: bool
     webhook: WebhookRequest | None
+    filenames: dict[UploadName, str]
 
     async def take(self, part: Part) -> None:
         """Read a field.
@@ -68,6 +69,7 @@ class JobFields:
         self.device: Device | None = None
         self.reuse = False
         self.webhook: WebhookRequest | None = None
+        self.filenames: dict[UploadName, str] = {}
 
     async def take(self, part: Part) -> None:
         """Read a field."""
@@ -79,6 +81,8 @@ class JobFields:
             self.reuse = _read_flag(await text_of(part))
         elif part.name == "webhook":
             self.webhook = _read_webhook(await text_of(part))
+        elif part.name == "filenames":
+            self.filenames = _read_filenames(await part.content(MAX_FIELD_BYTES))
         else:
             raise FormError(f"The form has a part {part.name!r}, which means nothing here.", FORM_REMEDY)
 
@@ -187,6 +191,7 @@ async def _receive(
             stored = await parts.artifacts.put_stream(job_prefix(job_id) + name, chunks)
             if stored.size or part.filename:  # else a browser's way to say that no file was chosen
                 files[name], filenames[name] = stored, part.filename
+    filenames |= fields.filenames
     return Submission(
         job_id, owner.name, fields.config(), fields.device, files, References.of(named), filenames, fields.reuse,
         fields.webhook, key,
@@ -212,3 +217,16 @@ def _read_webhook(text: str) -> WebhookRequest:
             f"The field `webhook` is not valid: {faults_of(error, 'the whole', values=False)}.",
             'Send {"url": "https://...", "secret": "whsec_..."}.',
         ) from error
+
+
+def _read_filenames(text: bytes) -> dict[UploadName, str]:
+    try:
+        said = TypeAdapter(dict[UploadName, str]).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise FormError(
+            f"The field `filenames` is not valid: {faults_of(error, 'the whole', values=False)}.",
+            'Send {"model": "net.onnx"}, with what is to be shown for `model`, `calibration` or `evaluation`.',
+        ) from error
+    if (twice := repeated_key(text)) is not None:
+        raise FormError(f'The field `filenames` names "{twice}" twice.', TWICE_REMEDY)
+    return {name: without_folder(filename) for name, filename in said.items()}

@@ -6,7 +6,7 @@ import json
 import signal
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,15 +14,23 @@ from aquant_core.run_options import AsJson
 from service.commands.exit_codes import ExitCode
 from service.commands.options import DEFAULT_URL, Key, Url, open_client
 
+if TYPE_CHECKING:
+    from service.client import Client
+    from service.jobs.schemas import Problem
+
 
 def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Tell whether the service is ready: every part answers and a worker is alive. Exits with 1 if not."""
+    """Tell whether the service is ready: every part answers, a worker is alive, the key is good; exit with 1 if not."""
     with open_client(url, key) as client:
         health = client.health()
-    ready = health.status == "ok" and health.workers_alive != 0
+        # With a part away nobody can tell, and the client would wait for it.
+        refusal = _refusal(client) if health.status == "ok" else None
+    ready = health.status == "ok" and health.workers_alive != 0 and refusal is None
     here = version("aquant-service")
     if as_json:
-        found = {"url": url, "ready": ready, "client_version": here, **health.model_dump(mode="json")}
+        refused = None if refusal is None else refusal.model_dump(mode="json")
+        found = {"url": url, "ready": ready, "client_version": here, "refused": refused}
+        found |= health.model_dump(mode="json")
         typer.echo(json.dumps(found, indent=2))
     else:
         typer.echo(f"{'service':<10} {url}  version {health.version or 'unknown'} (this command: {here})")
@@ -32,6 +40,8 @@ def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> N
             alive = "alive" if worker.alive else "gone"
             seen = f"seen {worker.seconds_since_seen:.0f} s ago"
             typer.echo(f"{'worker':<10} {worker.name}  {alive}, {seen}  {worker.device}: {worker.detail}")
+        if refusal is not None:
+            typer.echo(f"{'refused':<10} {refusal.detail} {refusal.remedy}")
         typer.echo("ready" if ready else "not ready")
     if not ready:
         raise typer.Exit(ExitCode.FAILED)
@@ -90,6 +100,19 @@ def migrate() -> None:
         typer.echo(str(error), err=True)
         raise typer.Exit(ExitCode.FAILED) from error
     typer.echo("The database's schema is up to date, and the artifact store is there.")
+
+
+def _refusal(client: Client) -> Problem | None:
+    """Why the service does nothing for who asks, if so: its health is told to everybody."""
+    from service.client import ServiceProblemError
+
+    try:
+        client.list(limit=1)
+    except ServiceProblemError as error:
+        if error.problem.status in (401, 403):
+            return error.problem
+        raise
+    return None
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

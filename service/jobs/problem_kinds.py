@@ -275,7 +275,7 @@ KINDS: dict[str, Kind] = {
         "Copy or download it again from where it was written, or quantize anew with this version.",
     ),
     "device_unavailable": _library(
-        "A network was to run on a device that is not there; jobs run on their worker's.",
+        "A network was to run, or be quantized, on a device that is not there; jobs run on their worker's.",
         'Run it with `device="cpu"`, or on a machine with an NVIDIA driver and a torch that was built for CUDA.',
     ),
     "resume_mismatch": _job(
@@ -310,6 +310,11 @@ KINDS: dict[str, Kind] = {
     "memory_limit_exceeded": _job(
         "The job took more memory than this deployment gives it.",
         "Send fewer images or a smaller network, or have the operator raise `AQUANT_JOB_MEMORY_BYTES`.",
+    ),
+    "memory_exceeded": _job(
+        "The memory of the worker's machine does not do for this job.",
+        "Send fewer images or a smaller network, or have the operator lower `AQUANT_MEMORY_BYTES` or give the worker "
+        "more memory.",
     ),
     "gpu_memory_exceeded": _job(
         "The GPU's memory does not do for this job.",

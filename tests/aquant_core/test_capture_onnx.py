@@ -24,6 +24,7 @@ from aquant_core.errors import (
     ModelFormatError,
     NonFiniteError,
     UnsupportedOperatorError,
+    memory_is_full,
 )
 from aquant_core.graph import CapturedModel
 from aquant_core.onnx_file import onnx_input_shape
@@ -384,6 +385,13 @@ def test_images_of_a_wrong_size_name_the_layer(tmp_path: Path) -> None:
     captured_from(tmp_path / "a", model)
     with pytest.raises(ModelFormatError, match=r"linear 'fc' cannot take inputs of shape \[\(2, 256\)\]"):
         captured_from(tmp_path / "a", model, images(2, 3, 8, 8))
+
+
+def test_a_full_memory_is_no_matter_of_the_graph(tmp_path: Path) -> None:
+    pads = ints(0, 0, 1 << 22, 1 << 22, 0, 0, 1 << 22, 1 << 22)
+    with pytest.raises(RuntimeError) as caught:
+        captured_from(tmp_path / "a", model_of([CONV, node("Pad", ["c", "pads"], ["y"])], CONV_WEIGHT | {"pads": pads}))
+    assert memory_is_full(caught.value)
 
 
 def test_a_graph_that_is_read_wrongly_is_found_by_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

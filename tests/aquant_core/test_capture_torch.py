@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aquant_core.architectures import build
 from aquant_core.capture_torch import capture_module
-from aquant_core.errors import ModelFormatError, NonFiniteError, UnsupportedOperatorError
+from aquant_core.errors import ModelFormatError, NonFiniteError, UnsupportedOperatorError, memory_is_full
 
 
 def images(count: int = 3, channels: int = 4, size: int = 9, seed: int = 1) -> Tensor:
@@ -262,6 +262,12 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 def test_images_that_do_not_fit_name_the_operator_and_the_shape(model: nn.Module, place: str) -> None:
     with pytest.raises(ModelFormatError, match=rf"{place} cannot take inputs of shape \[\(3, .*images have the shape"):
         capture_module(model, images())
+
+
+def test_a_full_memory_is_no_matter_of_the_images() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        capture_module(Net(lambda x: F.pad(x, [1 << 20] * 4)), images())
+    assert memory_is_full(caught.value)
 
 
 def test_an_example_that_is_no_batch_is_refused() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from hostile_files import npy_of
 from onnx import helper
 from typer.testing import CliRunner, Result
 
@@ -222,7 +223,9 @@ def test_what_came_of_a_target_is_told(drop: str, told: str, folder: Path, tmp_p
         (["-o", "absent/q"], 2, "there is no folder"),
         (["--report", "absent/report.json"], 2, "there is no folder"),
         (["--device", "cuda:99"], 2, "CUDA devices"),
+        (["--device", "meta"], 2, "'meta' is neither cpu nor cuda"),
         (["--evaluation", "text"], 1, "The evaluation file cannot be read"),
+        (["--evaluation", "vast.npy"], 1, "The memory of this machine does not do."),
         (["--resume-from", "blocks/below"], 1, "Not a directory"),
     ],
     ids=str,
@@ -235,6 +238,8 @@ def test_what_cannot_be_quantized_is_named(
     Path("list.json").write_text("[1]")
     Path("text").write_text("no")
     Path("blocks").write_text("a file")
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 48}, 1, 12, 12), }}"
+    Path("vast.npy").write_bytes(npy_of(header))
     done = run("quantize", folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, *arguments)
     assert done.exit_code == status, done.output
     assert why in done.stderr

@@ -142,6 +142,12 @@ def test_no_budget_puts_everything_on_disk() -> None:
     assert placements(run(resources=Resources(memory_bytes=0))) == ["disk"] * 4
 
 
+def test_a_run_goes_to_disk_before_it_is_stopped_for_its_memory() -> None:
+    limit = resident_bytes() + 64 * MIB
+    assert placements(run(images=MANY, resources=Resources(limit_bytes=limit)))[:2] == ["disk", "disk"]
+    assert placements(run(images=MANY, resources=Resources(memory_bytes=1 << 50, limit_bytes=limit))) == ["memory"] * 4
+
+
 MANY = 1_000_000
 """Images whose caches are large against all that a trial measures."""
 

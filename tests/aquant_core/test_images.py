@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_files import npy_of, zipped
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -150,6 +151,14 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageSetError, match="evaluation file cannot be read"):
         read_images(tmp_path / "absent", "evaluation")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_for_which_there_is_no_memory_are_not_called_unreadable(tmp_path: Path, packed: bool) -> None:
+    array = npy_of(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 44}, 3, 4, 4), }}")
+    (tmp_path / "a").write_bytes(zipped({"images.npy": array}) if packed else array)
+    with pytest.raises(MemoryError, match="allocate"):
+        read_images(tmp_path / "a")
 
 
 def whole_file(kind: str) -> bytes:

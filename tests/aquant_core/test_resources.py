@@ -45,8 +45,35 @@ def test_devices_that_are_not_there_are_named() -> None:
     for device in (absent, f"cuda:{absent}", torch.device("cuda", absent)):
         with pytest.raises(DeviceError, match=rf"'cuda:{absent}' is not there: {absent} CUDA devices .* \"cpu\""):
             usable_device(device)
-    with pytest.raises(DeviceError, match=r"'gpu' is no device\. Choose"):
-        usable_device("gpu")
+        with pytest.raises(DeviceError, match="is not there"):
+            Resources(device)
+    for take in (usable_device, Resources):
+        with pytest.raises(DeviceError, match=r"'gpu' is no device\. Choose"):
+            take("gpu")
+    with pytest.raises(DeviceError, match=r"'meta' is neither cpu nor cuda\. Choose"):
+        Resources("meta")
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, available: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+
+
+def test_resources_are_made_of_a_device_s_name_or_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Resources("cpu").device == Resources(CPU).device == CPU
+    pretend_gpus(monkeypatch, 2)
+    for device in (1, "cuda:1", torch.device("cuda", 1)):
+        assert Resources(device).device == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda")])
+def test_without_cuda_nobody_gets_as_far_as_torch_s_own_words(
+    device: str | torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in (0, 1):  # a card whose driver this torch cannot use is counted all the same
+        pretend_gpus(monkeypatch, count, available=False)
+        with pytest.raises(DeviceError, match=r"'cuda' is not there: 0 CUDA devices are usable.*NVIDIA driver"):
+            Resources(device)
 
 
 @needs_reset
@@ -73,7 +100,8 @@ def test_resident_bytes_are_what_the_process_holds() -> None:
         assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, abs=8 * MIB)
 
 
-def test_numbers_given_are_taken() -> None:
+def test_numbers_given_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 1)
     assert Resources(memory_bytes=123).memory_budget() == 123
     assert Resources(memory_bytes=0).memory_budget() == 0
     assert Resources(torch.device("cuda"), device_bytes=7).device_budget() == 7
@@ -88,6 +116,15 @@ def test_a_cpu_has_no_device_memory() -> None:
 def test_the_budget_by_default_is_within_the_machine() -> None:
     assert resident_bytes() < Resources().memory_budget() < psutil.virtual_memory().total
     assert 0 < available_bytes() < psutil.virtual_memory().total
+
+
+def test_the_budget_by_default_is_below_the_limit() -> None:
+    limit = resident_bytes() + available_bytes() // 4
+    assert Resources(limit_bytes=limit).memory_budget() == int(0.9 * limit)
+    assert Resources(limit_bytes=1).memory_budget() == 0
+    assert limit < Resources(limit_bytes=1 << 60).memory_budget() < psutil.virtual_memory().total
+    for given in (0, 2 * limit):  # whoever gives a number means it
+        assert Resources(memory_bytes=given, limit_bytes=limit).memory_budget() == given
 
 
 LIMIT, CURRENT = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current"))

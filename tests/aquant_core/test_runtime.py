@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -14,7 +16,7 @@ import aquant_core
 from aquant_core import runtime
 from aquant_core.capture_model import capture
 from aquant_core.config import QuantizationConfig
-from aquant_core.errors import DeviceError, ImageSetError
+from aquant_core.errors import DeviceError, ImageSetError, memory_is_full
 from aquant_core.fold import fold_batch_norm
 from aquant_core.graph import Node
 from aquant_core.images import ImageSet, named_if_unfit
@@ -206,6 +208,26 @@ def test_a_network_s_own_type_and_its_own_errors() -> None:
 def test_a_device_that_is_full_or_broken_is_no_matter_of_the_images_size(error: type[Exception], size: int) -> None:
     with pytest.raises(error, match="of CUDA"), named_if_unfit((3, 12, 12), torch.rand(2, 3, size, size)):
         raise error("of CUDA")
+
+
+@pytest.mark.parametrize("take", [torch.empty, np.empty])
+@pytest.mark.parametrize("size", [12, 24])
+def test_a_full_memory_is_no_matter_of_the_images_size(take: Callable[[int], object], size: int) -> None:
+    with (
+        pytest.raises((RuntimeError, MemoryError), match="allocate") as caught,
+        named_if_unfit((3, 12, 12), torch.rand(2, 3, size, size)),
+    ):
+        take(1 << 50)
+    assert memory_is_full(caught.value)
+
+
+def test_images_too_large_for_the_memory_are_images_that_the_network_takes() -> None:
+    vast = torch.zeros(1, 1, 1, 1).expand(1, 3, 1 << 22, 1 << 22)  # one number, as long as nobody computes with it
+    model = learned()
+    for network in (model, IntegerModel(model)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            network(vast)
+        assert memory_is_full(caught.value)
 
 
 def test_a_network_that_fails_on_another_size_says_so() -> None:

@@ -228,7 +228,7 @@ def _networks() -> Iterator[Hostile]:
             source="a",
             pads=np.array([0, 0, 2**18, 2**18, 0, 0, 2**18, 2**18], np.int64),
         ),
-        alike=True,
+        "upload_too_large_for_memory",
     )
     convolution = {"w": np.ones((4, 1, 3, 3), np.float32)}
     yield fails(

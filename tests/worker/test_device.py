@@ -22,6 +22,7 @@ def test_settings_reach_the_core(tmp_path: Path) -> None:
 
 def test_a_gpu_that_has_gone_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert resources(Settings(data_dir=tmp_path), "gpu", tmp_path).device.type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(GpuLostError):

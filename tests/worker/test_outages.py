@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
+import numpy as np
 import pytest
+import torch
 from job_rows import not_overdue
 from servers import S3, Gate, PostgreSQL, Storage
 from sqlalchemy.orm import Session, sessionmaker
@@ -231,6 +233,22 @@ def test_a_job_that_meets_a_full_disk_is_tried_again_then_fails_with_the_reason(
     error = shown(sessions, job_id).error
     assert error is not None
     assert error["code"] == "disk_full"
+
+
+@pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
+@pytest.mark.parametrize("take", [torch.empty, np.empty])
+def test_a_job_for_which_memory_does_not_do_fails_with_the_reason(
+    make_runner: MakeRunner,
+    settings: Settings,
+    sessions: Sessions,
+    claimed: Callable[..., Claim],
+    take: Callable[[int], object],
+) -> None:
+    job_id = queued(sessions, claimed)
+    assert make_runner(settings, lambda *_: take(1 << 50))() == JobState.FAILED
+    error = shown(sessions, job_id).error
+    assert error is not None
+    assert error["code"] == "memory_exceeded"
 
 
 @pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)

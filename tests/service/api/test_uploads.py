@@ -229,6 +229,35 @@ def test_jobs_name_uploads(
     assert len(artifacts.keys("uploads")) == 1
 
 
+@in_a_folder
+def test_a_form_says_what_its_files_are_called(web: Client, onnx_model: bytes, images: bytes) -> None:
+    names = {"model": "C:\\nets\\net.onnx", "calibration": "images.npz", "evaluation": "of nothing"}
+    said = (None, json.dumps(names))
+    form = {
+        "model": (None, upload(web, onnx_model)),
+        "calibration": ("tmp123", images),
+        "config": (None, json.dumps(CONFIG)),
+    }
+    for fields in ({"filenames": said, **form}, {**form, "filenames": said}):
+        job = web.post("/jobs", files=fields).json()
+        assert job["name"] == "net.onnx"
+        assert {name: file["filename"] for name, file in job["files"].items()} == {
+            "model": "net.onnx",
+            "calibration": "images.npz",
+        }
+    for text, why in [
+        ("net.onnx", "not valid"),
+        ('["net.onnx"]', "not valid"),
+        ('{"modell": "net.onnx"}', "modell"),
+        ('{"model": 7}', "model"),
+        ('{"model": "a", "model": "b"}', 'names "model" twice'),
+    ]:
+        refused = web.post("/jobs", files={**form, "filenames": (None, text)})
+        assert (refused.status_code, refused.json()["code"]) == (400, "form_invalid")
+        assert "`filenames`" in refused.json()["detail"]
+        assert why in refused.json()["detail"]
+
+
 REFUSED: list[tuple[dict[str, object], int, str]] = [
     ({"model": f"sha256:{'0' * 64}"}, 422, "upload_missing"),
     ({"model": f"sha256:{digest_of(DATA)}"}, 422, "upload_missing"),  # begun, not complete

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -20,10 +21,13 @@ from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import cli
+from service.client import Client
 from service.commands.progress import describe, share_done
+from service.jobs.keys import KeyRepository
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, Problem
 from service.jobs.states import JobState
+from service.settings import Settings
 
 in_a_folder = pytest.mark.parametrize("storage", PAIRS[:1], indirect=True)
 
@@ -188,6 +192,48 @@ def test_check_tells_which_part_is_missing(aquant: Aquant, sessions: Sessions, m
     assert document["workers"][0]["name"] == "w1"
     monkeypatch.setenv("AQUANT_URL", "http://127.0.0.1:1")
     assert aquant("check").code == 1
+
+
+@in_a_folder
+def test_check_tells_that_the_key_is_refused(
+    aquant: Aquant, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service's health is told to everybody."""
+    with sessions.begin() as session:
+        JobRepository(session).note_worker("w1", "cpu", "2 CPU cores", MINUTE)
+    unneeded = aquant("check", "--key", "wrong", "--json")
+    assert (unneeded.code, unneeded.document["ready"], unneeded.document["refused"]) == (0, True, None)
+    with sessions.begin() as session:
+        _, good = KeyRepository(session).create("ada's", "ada", "jobs", None)
+        _, of_metrics = KeyRepository(session).create("graphs", "ada", "metrics", None)
+    for key, code, why in [
+        ("", "key_missing", "needs an API key"),
+        ("wrong", "key_invalid", "API key"),
+        (of_metrics, "key_scope_insufficient", "is for metrics, this call is for jobs"),
+    ]:
+        monkeypatch.setenv("AQUANT_API_KEY", key)
+        told = aquant("check")
+        assert (told.code, told.out.splitlines()[-1], told.err) == (1, "not ready", "")
+        assert f"\n{'refused':<10} " in told.out
+        assert why in told.out
+        assert "broker     ok" in told.out
+        found = aquant("check", "--json")
+        assert (found.code, found.document["ready"], found.document["refused"]["code"]) == (1, False, code)
+    accepted = aquant("check", "--key", good)
+    assert (accepted.code, accepted.out.splitlines()[-1]) == (0, "ready")
+    assert "refused" not in accepted.out
+
+
+@in_a_folder
+def test_check_asks_for_nothing_more_where_a_part_is_away(
+    aquant: Aquant, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client would wait for it."""
+    monkeypatch.setattr(Client, "list", lambda *_, **__: pytest.fail("it was asked for jobs"))
+    Path(urlsplit(settings.artifacts).path).rename(settings.data_dir / "elsewhere")
+    found = aquant("check", "--json")
+    assert (found.code, found.document["ready"], found.document["refused"]) == (1, False, None)
+    assert found.document["checks"]["artifacts"] == "unavailable"
 
 
 @in_a_folder
