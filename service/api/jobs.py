@@ -49,7 +49,7 @@ _LOCATION = described(Location="The job's address.", Retry_After="Seconds after 
         **responses(
             "form_invalid", "content_type_unsupported", "model_format_unsupported", "upload_too_large", "upload_empty",
             "config_invalid", "model_invalid", "architecture_missing", "images_invalid", "upload_missing",
-            "preprocess_missing", "preprocess_unused",
+            "job_file_missing", "preprocess_missing", "preprocess_unused",
             "idempotency_key_reused", "idempotent_job_deleted", "webhook_refused", "request_invalid",
             "job_quota_exceeded", "storage_quota_exceeded", "database_unavailable", "artifacts_unavailable", *REFUSALS,
         ),
