@@ -18,9 +18,10 @@ from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
 from aquant_core.widths import raised, weight_bytes
 
-_UNSURE_BY = 2.0
-"""The factor by which a gain may be another, either way, without any chance in it: layers do not quite add up, and the
-network's loss does not quite go with its error (``benchmarks/sensitivity.py`` counts how often the interval held)."""
+_AT_LEAST, _AT_MOST = 1 / 4, 2.0
+"""Of its estimate, what a gain may be without any chance in it: layers do not quite add up, the network's loss does not
+quite go with its error, and the layers behind a coarse one learn to make up for some of it, the more the longer they
+learn (``benchmarks/sensitivity.py`` counts how often the interval held)."""
 
 
 def sensitivity(
@@ -83,7 +84,7 @@ def expected_gain(share: float, of_float: Tensor, of_quantized: Tensor) -> tuple
     A decision is lost where the error of the logits exceeds their margin. Margins near 0 are about evenly spread, so
     what is lost goes with the error's amplitude: without ``share`` of its energy, sqrt(1 - share) of the loss is left.
 
-    The interval holds three doubts: the estimate itself, by a factor; the images; and that another run decides anew:
+    The interval holds three doubts: the estimate itself, by factors; the images; and that another run decides anew:
     about as many images as quantization has decided otherwise change sides, either way.
 
     Args:
@@ -97,6 +98,6 @@ def expected_gain(share: float, of_float: Tensor, of_quantized: Tensor) -> tuple
     below, above = ((lost - low) * left_out, (high - lost) * left_out)
     return (
         gain,
-        gain - math.hypot(gain * (1 - 1 / _UNSURE_BY), below, by_chance),
-        gain + math.hypot(gain * (_UNSURE_BY - 1), above, by_chance),
+        gain - math.hypot(gain * (1 - _AT_LEAST), below, by_chance),
+        gain + math.hypot(gain * (_AT_MOST - 1), above, by_chance),
     )

@@ -1,15 +1,16 @@
 """Does a layer that is raised gain what the report says? Re-runs the layers that a report names first, raised.
 
-    python benchmarks/sensitivity.py --layers 3
+    python benchmarks/sensitivity.py --seeds 0 1 2
 
-Every example network is quantized to W2A2; then each of the report's first layers is given its ``raised_bits``, and the
-whole network is quantized again with the same seed. The gain is top-1 on the example's 2,000 test images. What is in
-``benchmarks/results/sensitivity.json`` is not run again.
+Every example network is quantized to W2A2; then the report's first layers are given their ``raised_bits``, one at a
+time, and the whole network is quantized again with the same seed. The gain is top-1 on the example's 2,000 test images.
+What is in ``benchmarks/results/sensitivity.json`` is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -30,18 +31,19 @@ FILE = RESULTS / "sensitivity.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--layers", type=int, default=3, help="how many of a report's layers are re-run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--layers", type=int, default=1, help="how many of a report's layers are re-run")
     parser.add_argument("--iterations", type=int, help="steps per block, if not the preset's")
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = json.loads(FILE.read_text())["runs"] if FILE.exists() else {}
-    for network in options.networks:
+    for network, seed in itertools.product(options.networks, options.seeds):
         config = QuantizationConfig.model_validate(
-            {"weight_bits": 2, "activation_bits": 2, "iterations": options.iterations}
+            {"weight_bits": 2, "activation_bits": 2, "iterations": options.iterations, "seed": seed}
         )
-        key = f"{network}, {options.iterations or 'preset fast'} iterations, {options.images} images"
+        key = f"{network}, {options.iterations or 'preset fast'} iterations, {options.images} images, seed {seed}"
         if key not in results:
             results[key] = {"network": network, **first_run(network, config, options.images), "raised": {}}
             keep(results)

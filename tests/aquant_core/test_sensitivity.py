@@ -141,7 +141,7 @@ def test_expected_gain_by_hand() -> None:
     # 1.96 sqrt(17 - 256/102) / 102 = 0.073150, so 0.083712 to 0.230013; half of its distances: 0.038144 and 0.035006.
     gain, low, high = expected_gain(0.75, answers(98, 2), answers(82, 18))
     assert gain == pytest.approx(0.08)
-    assert low == pytest.approx(0.08 - math.sqrt(0.04**2 + 0.038144**2 + 0.080811**2), abs=2e-6)
+    assert low == pytest.approx(0.08 - math.sqrt(0.06**2 + 0.038144**2 + 0.080811**2), abs=2e-6)
     assert high == pytest.approx(0.08 + math.sqrt(0.08**2 + 0.035006**2 + 0.080811**2), abs=2e-6)
 
 
