@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from service.addresses import is_loopback
+from service.local_components import Component, Keeper, StackError, start_component, stop_component
 from service.local_workers import TooFewGpusError, environments
 from service.settings import Settings
 
 READY_SECONDS = 90.0
-STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
-_LOG_TAIL = 20
-_PR_SET_PDEATHSIG = 1
-
-
-class StackError(Exception):
-    """A component did not start, or stopped by itself; the message ends with the last lines of its log."""
+WATCH_SECONDS = 0.5
 
 
 class MissingExtraError(Exception):
@@ -42,31 +34,13 @@ class OpenToStrangersError(Exception):
 
 
 @dataclass(frozen=True)
-class Component:
-    """One running part of the stack."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    address: str
-
-    def check(self) -> None:
-        """Raise if it has stopped."""
-        status = self.process.poll()
-        if status is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-            raise StackError(
-                f"The {self.name} stopped by itself (status {status}). The end of {self.log}:\n" + "\n".join(lines)
-            )
-
-
-@dataclass(frozen=True)
 class Stack:
     """A running stack."""
 
     url: str
     data_dir: Path
     components: Sequence[Component]
+    workers: Sequence[Component]
 
     def check(self) -> None:
         """Raise if any part has stopped.
@@ -77,11 +51,23 @@ class Stack:
         for component in self.components:
             component.check()
 
-    def watch(self) -> None:
-        """Return never, or raise when a part stops."""
+    def watch(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Return never: start workers that end again, or raise when another part stops.
+
+        Args:
+            say: is told of each end and each start, a line each.
+
+        Raises:
+            StackError: broker or API stopped, or a worker that ends again and again; the end of its log.
+        """
+        others = [component for component in self.components if component not in self.workers]
+        keepers = [Keeper(worker, time.monotonic()) for worker in self.workers]
         while True:
-            self.check()
-            time.sleep(0.5)
+            for component in others:
+                component.check()
+            for keeper in keepers:
+                keeper.look(time.monotonic(), say)
+            time.sleep(WATCH_SECONDS)
 
 
 @contextmanager
@@ -144,7 +130,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         ]
         api = start("api", api_command(settings.host, port), url, environment)
         _wait_until(lambda: _is_ready(url, settings, {worker.process.pid for worker in workers}), api, *workers)
-        yield Stack(url, data_dir, tuple(components))
+        yield Stack(url, data_dir, tuple(components), tuple(workers))
 
 
 def environment_of(settings: Settings, broker_url: str, port: int) -> dict[str, str]:
@@ -265,42 +251,6 @@ def worker_command(name: str) -> list[str]:
         f"{name}@%h",
     ]
     return [sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", *options]
-
-
-def start_component(
-    name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]
-) -> Component:
-    """Start a part in a session of its own; it dies with this process, whatever becomes of that."""
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        # Not SIGTERM: a part that hangs in its shutdown would have nobody left to end it.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            # Its own session: Ctrl-C reaches this process alone, which stops the parts in order.
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    return Component(name, process, log, address)
-
-
-def stop_component(component: Component) -> None:
-    """SIGTERM, then SIGKILL to the whole session; afterwards no process of the component is left."""
-    process = component.process
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _wait_until(ready: Callable[[], bool], *components: Component) -> None:

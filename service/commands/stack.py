@@ -56,7 +56,8 @@ def up(
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
     """Start broker, API and workers on this machine; Ctrl-C stops them all."""
-    from service.local import MissingExtraError, OpenToStrangersError, StackError, local_stack
+    from service.local import MissingExtraError, OpenToStrangersError, local_stack
+    from service.local_components import StackError
     from service.settings import Settings
 
     given = {"host": host, "port": port, "data_dir": data_dir, "workers": workers}
@@ -68,7 +69,7 @@ def up(
             settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
         ) as stack:
             typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
-            stack.watch()
+            stack.watch(typer.echo)
     except KeyboardInterrupt:
         typer.echo("stopped")
     except (MissingExtraError, OpenToStrangersError, StackError) as error:

@@ -88,6 +88,31 @@ def test_a_job_under_way_waits_for_the_next_up(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "logs" / "worker.log").read_text()
 
 
+def test_a_killed_worker_is_started_again_and_its_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AQUANT_LEASE_SECONDS", "3")
+    example = Path(__file__).parents[2] / "examples" / "fashion_mnist"
+    config = {"weight_bits": 2, "activation_bits": 2, "preset": "smoke", "sensitivity": False}
+    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        try:
+            url = next(line for line in iter(up.stdout.readline, "") if line.startswith("ready")).split()[1]
+            with Client(url) as client:
+                job = client.submit(example / "residual.onnx", example / "calibration.npz", config)
+                while client.get(job.id).state == "queued":
+                    time.sleep(0.1)
+                family = psutil.Process(up.pid).children()
+                next(process for process in family if "celery" in process.cmdline()).kill()
+                said = [up.stdout.readline().split("  (log")[0].strip() for _ in range(2)]
+                ended = client.wait(job.id, 90)
+        finally:
+            up.terminate()
+            rest, _ = up.communicate(timeout=60)
+    assert said == ["worker    ended by itself (status -9); it is started again in 1 s", "worker    started again"]
+    assert (ended.state, ended.attempt) == ("succeeded", 2)
+    assert (up.returncode, rest.strip()) == (0, "stopped")
+
+
 def test_killed_up_takes_its_parts_along(tmp_path: Path) -> None:
     argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
