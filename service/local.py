@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 
@@ -31,6 +33,10 @@ class MissingExtraError(Exception):
 
 class OpenToStrangersError(Exception):
     """The API would listen beyond this machine, and there are no keys."""
+
+
+class DataDirTakenError(Exception):
+    """Another stack runs on this data folder."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
 
     Raises:
         MissingExtraError: the server's or the worker's dependencies are not installed.
+        DataDirTakenError: another stack runs on the data folder.
         OpenToStrangersError: the address is not this machine's alone, there are no API keys, and nobody said that
             this is as it should be.
         StackError: a part did not come up.
@@ -90,14 +97,16 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         require(settings)
     except TelemetryMissingError as error:
         raise MissingExtraError(str(error)) from error
-    _require_keys(settings)
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    _require_free(settings.host, settings.port)
     components: list[Component] = []
 
     with ExitStack() as stack:
+        lock = stack.enter_context((data_dir / "up.lock").open("a+"))  # closed last, and so released last
+        _take(lock, data_dir)
+        _require_keys(settings)
+        _require_free(settings.host, settings.port)
 
         def start(name: str, argv: Sequence[str], address: str, environment: Mapping[str, str]) -> Component:
             component = start_component(name, argv, logs / f"{name}.log", address, environment)
@@ -114,6 +123,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
             _wait_until(lambda: _answers_ping(port), broker)
         port = settings.port or free_port(settings.host)
         url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+        _note(lock, f"process {os.getpid()}, at {url}")
         environment = environment_of(settings, broker_url, port)
         try:
             of_workers = environments(settings, environment)
@@ -161,6 +171,27 @@ def require_extras() -> None:
                 f"`aquant up` needs the extra '{extra}' ({', '.join(missing)} not found): "
                 f"pip install 'aquant-service[worker]'."
             )
+
+
+def _take(lock: TextIO, data_dir: Path) -> None:
+    """The kernel releases it when this process ends, however it does; no part of the stack inherits it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "a process that is just starting"
+        raise DataDirTakenError(
+            f"The data folder {data_dir} has its `aquant up` already ({holder}); two would write the same logs and "
+            "take each other's jobs. Use that one (more workers: end it and start it with --workers N), or give this "
+            "one a folder of its own with --data-dir."
+        ) from error
+    _note(lock, f"process {os.getpid()}")
+
+
+def _note(lock: TextIO, holder: str) -> None:
+    lock.truncate(0)
+    lock.write(f"{holder}\n")
+    lock.flush()
 
 
 def _require_keys(settings: Settings) -> None:

@@ -56,7 +56,7 @@ def up(
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
     """Start broker, API and workers on this machine; Ctrl-C stops them all."""
-    from service.local import MissingExtraError, OpenToStrangersError, local_stack
+    from service.local import DataDirTakenError, MissingExtraError, OpenToStrangersError, local_stack
     from service.local_components import StackError
     from service.settings import Settings
 
@@ -72,7 +72,7 @@ def up(
             stack.watch(typer.echo)
     except KeyboardInterrupt:
         typer.echo("stopped")
-    except (MissingExtraError, OpenToStrangersError, StackError) as error:
+    except (DataDirTakenError, MissingExtraError, OpenToStrangersError, StackError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(ExitCode.FAILED) from error
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from service.client import Client
 from service.jobs.database import open_database
 from service.jobs.records import JobRecord
+from service.local import local_stack
 from service.settings import Settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -133,3 +134,21 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert f"port {port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_data_folder_has_one_stack(tmp_path: Path) -> None:
+    argv = [sys.executable, "-u", "-m", "service.cli", "up", "--port", "0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        try:
+            url = next(line for line in iter(up.stdout.readline, "") if line.startswith("ready")).split()[1]
+            second = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+            assert httpx.get(f"{url}/health/ready").is_success
+        finally:
+            up.kill()
+    assert (second.returncode, second.stdout) == (1, "")
+    assert f"The data folder {tmp_path} has its `aquant up` already (process {up.pid}, at {url})" in second.stderr
+    assert "--data-dir" in second.stderr
+    settings = Settings(data_dir=tmp_path, broker_url=None, port=0)
+    with local_stack(settings) as stack:  # what was killed holds nothing
+        assert httpx.get(f"{stack.url}/health/ready").is_success
