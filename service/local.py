@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -157,6 +158,14 @@ def environment_of(settings: Settings, broker_url: str, port: int) -> dict[str, 
     }
 
 
+def keys_command(settings: Settings) -> str:
+    """What makes a key for a service with these settings, in a shell that has its AQUANT_DATABASE_URL if it has one."""
+    command = "aquant keys create NAME --owner OWNER"
+    if settings.database_url is not None or settings.data_dir == Settings.model_fields["data_dir"].default:
+        return command
+    return f"{command} --data-dir {shlex.quote(str(settings.data_dir.resolve()))}"
+
+
 def require_extras() -> None:
     """Raise MissingExtraError unless server and worker are installed."""
     from importlib.util import find_spec
@@ -209,7 +218,7 @@ def _require_keys(settings: Settings) -> None:
             return
     raise OpenToStrangersError(
         f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
-        "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
+        f"`{keys_command(settings)}`, or set AQUANT_OPEN=true if whoever can reach it may use it."
     )
 
 

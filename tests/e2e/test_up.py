@@ -33,6 +33,7 @@ def test_up_prints_its_address_and_stops(
     aquant, folder = [sys.executable, "-u", "-m", "service.cli"], ["--data-dir", str(tmp_path)]
     headers = {}
     if options:  # with keys, too
+        subprocess.run([*aquant, "migrate", *folder], check=True)
         make = [*aquant, "keys", "create", "a-key", "--owner", "ada", *folder]
         token = subprocess.run(make, capture_output=True, text=True, check=True).stdout.strip()
         headers = {"Authorization": f"Bearer {token}"}
@@ -43,8 +44,10 @@ def test_up_prints_its_address_and_stops(
             lines.append(line)
             if line.startswith("ready"):
                 break
-        assert [line.split()[0] for line in lines] == ["broker", *workers, "api", "ready"]
+        assert [line.split()[0] for line in lines] == ["broker", *workers, "api", "client", "keys", "ready"]
         url = lines[-1].split()[1]
+        assert lines[-3].split() == ["client", "export", f"AQUANT_URL={url}"]
+        assert lines[-2].split()[1:] == f"aquant keys create NAME --owner OWNER --data-dir {tmp_path}".split()
         assert httpx.get(f"{url}/jobs").status_code == (401 if headers else 200)
         ready = httpx.get(f"{url}/health/ready", headers=headers)
         assert ready.is_success
