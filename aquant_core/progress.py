@@ -20,7 +20,7 @@ class Progress:
         iteration: step within the block; in ``search`` and ``sensitivity`` the number of the layer's width on trial.
         iterations: steps per block, or widths to be tried.
         loss: reconstruction loss of that step (Algorithm 1's MSE, without the regulariser).
-        eta_seconds: estimated seconds until all blocks are done; None while unknown.
+        eta_seconds: estimated seconds until all blocks are done, without what follows; None while none is under way.
         method: the method under way; None while all of a run's are.
         forecast: what the blocks will take (``Forecast.document``), told once when it is known.
     """

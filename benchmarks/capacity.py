@@ -32,7 +32,8 @@ from service.jobs.queue import JobQueue
 from service.jobs.records import ArtifactRecord, JobRecord
 from service.jobs.repository import Claim, JobRepository, now
 from service.jobs.states import JobState
-from service.local import api_command, broker_command, environment_of, free_port, start_component, stop_component
+from service.local import api_command, broker_command, environment_of, free_port
+from service.local_components import start_component, stop_component
 from service.settings import Settings
 
 CONFIG = {"weight_bits": 2, "activation_bits": 2}

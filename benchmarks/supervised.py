@@ -12,15 +12,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from service.local import (
-    Component,
-    api_command,
-    broker_command,
-    environment_of,
-    free_port,
-    start_component,
-    stop_component,
-)
+from service.local import api_command, broker_command, environment_of, free_port
+from service.local_components import Component, start_component, stop_component
 from service.settings import Settings
 
 LOOK_SECONDS = 0.2

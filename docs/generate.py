@@ -29,10 +29,10 @@ def errors_page() -> str:
         "",
         WRITTEN,
         "",
-        "Every error is an `application/problem+json` document (RFC 9457) with a stable `code`, a `detail` that names "
-        "the value that was wrong, and a `remedy`. Its `type` leads to the code's section of this page, which every "
-        "service has at `/errors`. A job that fails has the same document as its `error`. New codes may come; a client "
-        "should fall back on the HTTP status for one it does not know.",
+        "Every error is an `application/problem+json` document (RFC 9457) with a stable `code`, a `detail` that says "
+        "what was wrong, with the value where one was, and a `remedy`. Its `type` leads to the code's section of this "
+        "page, which every service has at `/errors`. A job that fails has the same document as its `error`. New codes "
+        "may come; a client should fall back on the HTTP status for one it does not know.",
     ]
     for code, kind in KINDS.items():
         lines += ["", f"## {code}", "", f"*{where(kind)}*", "", kind.cause, "", f"**What to do.** {kind.remedy}"]

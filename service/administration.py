@@ -24,7 +24,7 @@ owners = typer.Typer(name="owners", help="What each owner of keys uses, and may 
 
 OWNER = r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}"
 
-DataDir = Annotated[Path | None, typer.Option(help="As of `aquant up` (default ./data).")]
+DataDir = Annotated[Path | None, typer.Option(help="That of `aquant up` (default ./data).")]
 
 
 def _named(value: str) -> str:
@@ -153,15 +153,23 @@ def _database(data_dir: Path | None) -> Iterator[tuple[Session, Settings]]:
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
     try:
-        from service.jobs.database import DatabaseUnusableError, UnsupportedDatabaseError, migrate, session_on
+        from service.jobs.database import (
+            DatabaseMissingError,
+            DatabaseUnusableError,
+            UnsupportedDatabaseError,
+            migrate,
+            require_made,
+            session_on,
+        )
     except ImportError as error:
         typer.echo(
             f"This needs the server's extra ({error.name} not found): pip install 'aquant-service[server]'.", err=True
         )
         raise typer.Exit(1) from error
     try:
+        require_made(settings)  # keys in a database that no service reads would protect nothing
         migrate(settings)
-    except (DatabaseUnusableError, UnsupportedDatabaseError) as error:
+    except (DatabaseMissingError, DatabaseUnusableError, UnsupportedDatabaseError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     with session_on(settings) as session, session.begin():

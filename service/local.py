@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import fcntl
 import os
+import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 
 from service.addresses import is_loopback
+from service.local_components import Component, Keeper, StackError, start_component, stop_component
 from service.local_workers import TooFewGpusError, environments
 from service.settings import Settings
 
 READY_SECONDS = 90.0
-STOP_SECONDS = 10.0
 POLL_SECONDS = 0.1
-_LOG_TAIL = 20
-_PR_SET_PDEATHSIG = 1
-
-
-class StackError(Exception):
-    """A component did not start, or stopped by itself; the message ends with the last lines of its log."""
+WATCH_SECONDS = 0.5
 
 
 class MissingExtraError(Exception):
@@ -41,23 +36,8 @@ class OpenToStrangersError(Exception):
     """The API would listen beyond this machine, and there are no keys."""
 
 
-@dataclass(frozen=True)
-class Component:
-    """One running part of the stack."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    address: str
-
-    def check(self) -> None:
-        """Raise if it has stopped."""
-        status = self.process.poll()
-        if status is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL:]
-            raise StackError(
-                f"The {self.name} stopped by itself (status {status}). The end of {self.log}:\n" + "\n".join(lines)
-            )
+class DataDirTakenError(Exception):
+    """Another stack runs on this data folder."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,7 @@ class Stack:
     url: str
     data_dir: Path
     components: Sequence[Component]
+    workers: Sequence[Component]
 
     def check(self) -> None:
         """Raise if any part has stopped.
@@ -77,11 +58,23 @@ class Stack:
         for component in self.components:
             component.check()
 
-    def watch(self) -> None:
-        """Return never, or raise when a part stops."""
+    def watch(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Return never: start workers that end again, or raise when another part stops.
+
+        Args:
+            say: is told of each end and each start, a line each.
+
+        Raises:
+            StackError: broker or API stopped, or a worker that ends again and again; the end of its log.
+        """
+        others = [component for component in self.components if component not in self.workers]
+        keepers = [Keeper(worker, time.monotonic()) for worker in self.workers]
         while True:
-            self.check()
-            time.sleep(0.5)
+            for component in others:
+                component.check()
+            for keeper in keepers:
+                keeper.look(time.monotonic(), say)
+            time.sleep(WATCH_SECONDS)
 
 
 @contextmanager
@@ -93,6 +86,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
 
     Raises:
         MissingExtraError: the server's or the worker's dependencies are not installed.
+        DataDirTakenError: another stack runs on the data folder.
         OpenToStrangersError: the address is not this machine's alone, there are no API keys, and nobody said that
             this is as it should be.
         StackError: a part did not come up.
@@ -104,14 +98,16 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         require(settings)
     except TelemetryMissingError as error:
         raise MissingExtraError(str(error)) from error
-    _require_keys(settings)
     data_dir = settings.data_dir.resolve()
     logs = data_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    _require_free(settings.host, settings.port)
     components: list[Component] = []
 
     with ExitStack() as stack:
+        lock = stack.enter_context((data_dir / "up.lock").open("a+"))  # closed last, and so released last
+        _take(lock, data_dir)
+        _require_keys(settings)
+        _require_free(settings.host, settings.port)
 
         def start(name: str, argv: Sequence[str], address: str, environment: Mapping[str, str]) -> Component:
             component = start_component(name, argv, logs / f"{name}.log", address, environment)
@@ -128,6 +124,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
             _wait_until(lambda: _answers_ping(port), broker)
         port = settings.port or free_port(settings.host)
         url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+        _note(lock, f"process {os.getpid()}, at {url}")
         environment = environment_of(settings, broker_url, port)
         try:
             of_workers = environments(settings, environment)
@@ -144,7 +141,7 @@ def local_stack(settings: Settings, on_start: Callable[[Component], None] = lamb
         ]
         api = start("api", api_command(settings.host, port), url, environment)
         _wait_until(lambda: _is_ready(url, settings, {worker.process.pid for worker in workers}), api, *workers)
-        yield Stack(url, data_dir, tuple(components))
+        yield Stack(url, data_dir, tuple(components), tuple(workers))
 
 
 def environment_of(settings: Settings, broker_url: str, port: int) -> dict[str, str]:
@@ -159,6 +156,14 @@ def environment_of(settings: Settings, broker_url: str, port: int) -> dict[str, 
         # SIGTERM ends the worker soon, instead of after its job, which the next start resumes.
         "REMAP_SIGTERM": "SIGQUIT",
     }
+
+
+def keys_command(settings: Settings) -> str:
+    """What makes a key for a service with these settings, in a shell that has its AQUANT_DATABASE_URL if it has one."""
+    command = "aquant keys create NAME --owner OWNER"
+    if settings.database_url is not None or settings.data_dir == Settings.model_fields["data_dir"].default:
+        return command
+    return f"{command} --data-dir {shlex.quote(str(settings.data_dir.resolve()))}"
 
 
 def require_extras() -> None:
@@ -177,6 +182,27 @@ def require_extras() -> None:
             )
 
 
+def _take(lock: TextIO, data_dir: Path) -> None:
+    """The kernel releases it when this process ends, however it does; no part of the stack inherits it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        holder = lock.read().strip() or "a process that is just starting"
+        raise DataDirTakenError(
+            f"The data folder {data_dir} has its `aquant up` already ({holder}); two would write the same logs and "
+            "take each other's jobs. Use that one (more workers: end it and start it with --workers N), or give this "
+            "one a folder of its own with --data-dir."
+        ) from error
+    _note(lock, f"process {os.getpid()}")
+
+
+def _note(lock: TextIO, holder: str) -> None:
+    lock.truncate(0)
+    lock.write(f"{holder}\n")
+    lock.flush()
+
+
 def _require_keys(settings: Settings) -> None:
     if settings.open or is_loopback(settings.host):
         return
@@ -192,7 +218,7 @@ def _require_keys(settings: Settings) -> None:
             return
     raise OpenToStrangersError(
         f"The API would answer anybody who reaches {settings.host}, and there are no API keys. Make the first with "
-        "`aquant keys create NAME --owner OWNER`, or set AQUANT_OPEN=true if whoever can reach it may use it."
+        f"`{keys_command(settings)}`, or set AQUANT_OPEN=true if whoever can reach it may use it."
     )
 
 
@@ -265,42 +291,6 @@ def worker_command(name: str) -> list[str]:
         f"{name}@%h",
     ]
     return [sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", *options]
-
-
-def start_component(
-    name: str, argv: Sequence[str], log: Path, address: str, environment: Mapping[str, str]
-) -> Component:
-    """Start a part in a session of its own; it dies with this process, whatever becomes of that."""
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        # Not SIGTERM: a part that hangs in its shutdown would have nobody left to end it.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            # Its own session: Ctrl-C reaches this process alone, which stops the parts in order.
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    return Component(name, process, log, address)
-
-
-def stop_component(component: Component) -> None:
-    """SIGTERM, then SIGKILL to the whole session; afterwards no process of the component is left."""
-    process = component.process
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _wait_until(ready: Callable[[], bool], *components: Component) -> None:

@@ -47,16 +47,20 @@ def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> N
         raise typer.Exit(ExitCode.FAILED)
 
 
+DataDir = Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")]
+
+
 def up(
     host: Annotated[
         str | None, typer.Option(help="Address of the API (default 127.0.0.1); any other needs API keys.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the API; 0 takes a free one.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")] = None,
+    data_dir: DataDir = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="How many; else one for each GPU, or one.")] = None,
 ) -> None:
     """Start broker, API and workers on this machine; Ctrl-C stops them all."""
-    from service.local import MissingExtraError, OpenToStrangersError, StackError, local_stack
+    from service.local import DataDirTakenError, MissingExtraError, OpenToStrangersError, keys_command, local_stack
+    from service.local_components import StackError
     from service.settings import Settings
 
     given = {"host": host, "port": port, "data_dir": data_dir, "workers": workers}
@@ -67,16 +71,19 @@ def up(
         with local_stack(
             settings, lambda part: typer.echo(f"{part.name:<9} {part.address}  (log: {part.log})")
         ) as stack:
+            if stack.url != DEFAULT_URL:
+                typer.echo(f"client    export AQUANT_URL={stack.url}")
+            typer.echo(f"keys      {keys_command(settings)}")
             typer.echo(f"ready     {stack.url}  (Ctrl-C stops it; API: {stack.url}/docs)")
-            stack.watch()
+            stack.watch(typer.echo)
     except KeyboardInterrupt:
         typer.echo("stopped")
-    except (MissingExtraError, OpenToStrangersError, StackError) as error:
+    except (DataDirTakenError, MissingExtraError, OpenToStrangersError, StackError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(ExitCode.FAILED) from error
 
 
-def migrate() -> None:
+def migrate(data_dir: DataDir = None) -> None:
     """Bring the database's schema up to date, and make the S3 bucket if it is missing."""
     try:
         from service.artifacts import ArtifactsDownError, open_artifacts
@@ -87,7 +94,7 @@ def migrate() -> None:
         raise typer.Exit(ExitCode.FAILED) from error
     from service.settings import Settings
 
-    settings = Settings()
+    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
     try:
         database.migrate(settings)
         open_artifacts(settings.artifacts).create()

@@ -10,7 +10,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
@@ -46,6 +46,10 @@ class DatabaseUnusableError(Exception):
     """The database could not be reached, or brought up to date, at the start."""
 
 
+class DatabaseMissingError(Exception):
+    """There is no database yet where the settings say that it is."""
+
+
 def open_database(settings: Settings) -> Engine:
     """An engine for the configured database; it connects when it is first used.
 
@@ -71,6 +75,30 @@ def session_on(settings: Settings) -> Iterator[Session]:
         engine.dispose()
 
 
+def require_made(settings: Settings) -> None:
+    """Raise unless there is a database with a schema, of whatever revision; looking makes none.
+
+    Raises:
+        DatabaseMissingError: there is none.
+        UnsupportedDatabaseError: the URL is neither SQLite's nor PostgreSQL's.
+        DatabaseUnusableError: the server does not answer, or does not let this user in.
+    """
+    url = _database_url(settings)
+    if not _is_sqlite(url) or (url.database and Path(url.database).is_file()):
+        engine = open_database(settings)
+        try:
+            with _saying_why(engine):
+                if inspect(engine).has_table("alembic_version"):
+                    return
+        finally:
+            engine.dispose()
+    raise DatabaseMissingError(
+        f"There is no database at {url.render_as_string(hide_password=True)}. `aquant up` makes it when it starts, "
+        "`aquant migrate` without starting. If the service has its data elsewhere, name the folder with --data-dir "
+        "(`aquant up` prints the command), or the database with AQUANT_DATABASE_URL."
+    )
+
+
 def migrate(settings: Settings) -> None:
     """Bring the schema to the newest revision; safe to call from several processes at once.
 
@@ -82,17 +110,24 @@ def migrate(settings: Settings) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     engine = open_database(settings)
     try:
-        with _alone(engine, settings) as connection:
+        with _saying_why(engine), _alone(engine, settings) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _saying_why(engine: Engine) -> Iterator[None]:
+    """A database that is down is named, with the reason."""
+    try:
+        yield
     except DATABASE_DOWN as error:
         reason = " ".join(str(error.orig if isinstance(error, OperationalError) else error).split()).rstrip(".?")
         raise DatabaseUnusableError(
             f"The database {engine.url.render_as_string(hide_password=True)} cannot be used: {reason}. "
             "Check AQUANT_DATABASE_URL, and that the server runs and has this database and user."
         ) from error
-    finally:
-        engine.dispose()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
 
     Raises:
         ModelRefusedError: a format that runs code when read.
-        ModelInvalidError: not a model, or damaged.
+        ModelInvalidError: not a model, or damaged; or ONNX, and an architecture besides.
         ArchitectureMissingError: a state dict, but of which network is not said.
     """
     head = file.read(64)
@@ -40,6 +40,11 @@ def check_model(file: BinaryIO, size: int, architecture: str | None) -> str:
         kind = _check_safetensors(file, size)
     else:
         _check_onnx(file, size)
+        if architecture is not None:  # as aquant_core.capture_model refuses it
+            raise ModelInvalidError(
+                f"The model is ONNX, and config.architecture names a network for a state dict: {architecture!r}.",
+                "Leave it out, as ONNX holds its own network, or send the state dict that it was meant for.",
+            )
         return "onnx"
     if architecture is None:
         raise ArchitectureMissingError(

@@ -144,8 +144,10 @@ KINDS: dict[str, Kind] = {
     ),
     "model_invalid": _either(
         422,
-        "The model is damaged, or not a model in one of the formats that are read.",
-        "Check that it loads where it was exported (`onnx.checker`, `safetensors`), and export it again.",
+        "The model is damaged, or not a model in one of the formats that are read; or it is ONNX, and the config's "
+        "`architecture` names another network.",
+        "Check that it loads where it was exported (`onnx.checker`, `safetensors`), and export it again. With ONNX "
+        "leave `architecture` out.",
     ),
     "architecture_missing": Kind(
         422,

@@ -81,7 +81,11 @@ class JobProgress(BaseModel):
         LossCurve | None, Field(description="Reconstruction loss of the block so far, thinned to a few points.")
     ] = None
     eta_seconds: Annotated[
-        float | None, Field(description="Estimated seconds until all blocks are done; null when nothing is running.")
+        float | None,
+        Field(
+            description="Estimated seconds until all blocks are done, what follows not counted; null while no block is "
+            "under way."
+        ),
     ] = None
     forecast: Annotated[JobForecast | None, Field(description="Null until it is known.")] = None
 

@@ -131,12 +131,25 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
         step = f"iteration {progress.iteration:,} of {progress.iterations:,}"
         facts.append((NAMES.get(progress.method or "", "Blocks"), f"Block {progress.block} of {progress.blocks}", step))
     if not job.finished and job.state != JobState.QUEUED:
-        left = "not known yet" if progress.eta_seconds is None else about(progress.eta_seconds)
-        facts.append(("Time left", left, "until all blocks are done"))
+        facts.append(("Time left", *_time_left(job)))
     if job.finished and job.started_at is not None and job.finished_at is not None:
         took = duration((job.finished_at - job.started_at).total_seconds())
         facts.append(("Took", took, "" if job.attempt == 1 else f"in {job.attempt} attempts"))
     return facts
+
+
+def _time_left(job: JobDocument) -> tuple[str, str]:
+    """What is known of it, and until when: it is estimated for blocks, and for nothing before or after them."""
+    progress, stages = job.progress, list(stages_of(job))
+    tries = job.stage in ("search", "sensitivity") and progress.iterations
+    tried = f"width {progress.iteration} of {progress.iterations}" if tries else ""
+    if "reconstruct" not in stages:
+        return "not estimated", ""
+    if job.stage in stages[stages.index("reconstruct") + 1 :]:
+        done = "all blocks are done" if progress.blocks else ""
+        return "not estimated", ", ".join(filter(None, (done, tried)))
+    left = "not known yet" if progress.eta_seconds is None else about(progress.eta_seconds)
+    return left, tried or "until all blocks are done"
 
 
 def settings_of(job: JobDocument) -> dict[str, Any]:

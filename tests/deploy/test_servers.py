@@ -16,7 +16,8 @@ from redis import Redis
 from redis.exceptions import AuthenticationError
 
 from service.artifacts import ArtifactsDownError, open_artifacts
-from service.local import broker_command, free_port, start_component, stop_component
+from service.local import broker_command, free_port
+from service.local_components import start_component, stop_component
 from service.passwords import make_passwords
 
 HOST = "127.0.0.1"

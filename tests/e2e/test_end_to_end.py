@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.client import Client, ServiceProblemError
 from service.jobs.schemas import JobDocument
 from service.jobs.states import JobState
-from service.local import Stack, StackError, local_stack
+from service.local import Stack, local_stack
+from service.local_components import StackError
 from service.settings import Settings
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from service import local
 from service.cli import app
+from service.jobs.database import migrate
 from service.jobs.errors import KeyInvalidError
 from service.jobs.keys import KeyRepository
 from service.jobs.records import JobRecord, KeyRecord
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.parametrize("storage", servers.DATABASES, indirect=True
 def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AQUANT_DATA_DIR", str(settings.data_dir))
     monkeypatch.setenv("AQUANT_DATABASE_URL", settings.database)
+    migrate(settings)
 
 
 def run(*arguments: str) -> tuple[str, str]:
@@ -119,9 +121,21 @@ def test_owners_are_listed_with_what_they_use_and_may_use(add_job: Any) -> None:
 
 def test_the_folder_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AQUANT_DATABASE_URL")
+    run("migrate")
+    run("migrate", "--data-dir", str(tmp_path / "other"))
     run("keys", "create", "laptop", "--owner", "ada", "--data-dir", str(tmp_path / "other"))
     assert run("keys", "list")[0] == ""
     assert "laptop" in run("keys", "list", "--data-dir", str(tmp_path / "other"))[0]
+
+
+def test_no_key_is_made_in_a_database_that_no_service_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AQUANT_DATABASE_URL")
+    folder = tmp_path / "wrong"
+    for command in (["keys", "create", "laptop", "--owner", "ada"], ["keys", "list"], ["owners", "list"]):
+        told = refuse(*command, "--data-dir", str(folder))
+        assert f"no database at sqlite:///{folder}/aquant.sqlite3" in told
+        assert "--data-dir" in told
+        assert not folder.exists()
 
 
 def test_a_database_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +167,14 @@ def test_up_does_not_listen_beyond_this_machine_without_keys(host: str, monkeypa
         pass
     run("keys", "create", "laptop", "--owner", "ada")
     starts(Settings(port=1, host=host))
+
+
+def test_the_command_for_keys_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = "aquant keys create NAME --owner OWNER"
+    assert local.keys_command(Settings(data_dir=tmp_path / "a b")) == bare  # the variable names the database
+    monkeypatch.delenv("AQUANT_DATABASE_URL")
+    assert local.keys_command(Settings(data_dir=tmp_path / "a b")) == f"{bare} --data-dir '{tmp_path}/a b'"
+    monkeypatch.delenv("AQUANT_DATA_DIR")
+    assert local.keys_command(Settings()) == bare
+    told = refuse("up", "--host", "0.0.0.0", "--port", "0", "--data-dir", str(tmp_path))
+    assert f"`{bare} --data-dir {tmp_path}`" in told

@@ -179,6 +179,13 @@ def test_state_dict_without_architecture(submit: Submit, state_dict: bytes) -> N
     assert submit(model=state_dict, config={**BITS, "architecture": "resnet18"}).status_code == 202
 
 
+def test_onnx_with_an_architecture(submit: Submit) -> None:
+    """Refused where it is sent, as arrays with ``preprocess`` are, and not when its turn comes."""
+    answer = submit(config={**BITS, "architecture": "resnet18"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "model_invalid")
+    assert "config.architecture" in answer.json()["detail"]
+
+
 @in_a_folder
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "words"),

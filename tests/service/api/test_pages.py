@@ -363,6 +363,7 @@ def test_a_dry_run_shows_its_plan(web: Client, page_jobs: PageJobs) -> None:
     assert page.status_code == 200
     assert "AQuant, W2A2, dry run" in words
     assert "Peak memory" in words
+    assert "to learn; reading, evaluating and ranking layers come on top" in words
     assert "it may fill" in words
     assert plan["warnings"][0] in words
     addresses = Outline(page.text).addresses

@@ -55,6 +55,11 @@ def test_state_dict_needs_its_network_named(state_dict: bytes) -> None:
             check(data, None)
 
 
+def test_onnx_is_its_own_network(onnx_model: bytes) -> None:
+    with pytest.raises(ModelInvalidError, match=r"config\.architecture names .*'resnet18'"):
+        check(onnx_model, "resnet18")
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [

@@ -80,6 +80,28 @@ def test_the_facts_of_a_job_go_with_its_state() -> None:
     assert [name for name, _, _ in facts_of(job(state="queued", stage=None, progress={}))] == ["Waits"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "left", "remark"),
+    [
+        ({"stage": "nearest"}, "not known yet", "until all blocks are done"),
+        ({"stage": "evaluate"}, "not estimated", "all blocks are done"),
+        (
+            {"stage": "sensitivity", "iteration": 7, "iterations": 9},
+            "not estimated",
+            "all blocks are done, width 7 of 9",
+        ),
+        ({"stage": "sensitivity"}, "not estimated", "all blocks are done"),
+        ({"stage": "save", "blocks": 0}, "not estimated", ""),
+        ({"stage": "forecast", "dry_run": True}, "not estimated", ""),
+    ],
+)
+def test_time_is_left_only_while_there_are_blocks_to_learn(changes: dict[str, Any], left: str, remark: str) -> None:
+    config = {"weight_bits": 2, "activation_bits": 2, "dry_run": changes.pop("dry_run", False)}
+    stage = changes.pop("stage")
+    facts = facts_of(job(stage=stage, config=config, progress={"blocks": 3, "method": "aquant"} | changes))
+    assert facts[-1] == ("Time left", left, remark)
+
+
 def test_settings_that_go_without_saying_are_left_out() -> None:
     assert settings_of(job()) == {
         "method": "aquant",
