@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from service.jobs.schemas import Problem
 
 
+DataDir = Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")]
+
+
 def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> None:
     """Tell whether the service is ready: every part answers, a worker is alive, the key is good; exit with 1 if not."""
     with open_client(url, key) as client:
@@ -45,9 +48,6 @@ def check(as_json: AsJson = False, url: Url = DEFAULT_URL, key: Key = None) -> N
         typer.echo("ready" if ready else "not ready")
     if not ready:
         raise typer.Exit(ExitCode.FAILED)
-
-
-DataDir = Annotated[Path | None, typer.Option(help="Folder of everything kept (default ./data).")]
 
 
 def up(
