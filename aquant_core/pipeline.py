@@ -200,6 +200,7 @@ def quantize(
             settings=schedules[config.method].method,
             device=str(resources.device),
             evaluation=evaluation,
+            scales=ready.scales,
             models=models,
             histories={name: runs[name].history if name in runs else [] for name in methods},
             float_logits=float_logits,

@@ -71,6 +71,7 @@ def plan(
         "budget_bytes": ready.resources.memory_budget() if on_cpu else ready.resources.device_budget(),
         "limit_bytes": ready.resources.limit_bytes if on_cpu else None,
         "evaluation": {"images": len(ready.evaluation), "batch_size": evaluation_batch_size(ready.evaluation.images)},
+        "scales": ready.scales,
         "device": str(ready.resources.device),
         "method": config.method,
         "protocol": protocol_of(config, sketch, method),

@@ -22,6 +22,7 @@ from aquant_core.partition import Block, partition
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
+from aquant_core.scales import like_bytes, of_different_scales, scales_of
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -39,6 +40,7 @@ class Preparation:
         graph: the same with BatchNorm folded, on the device.
         calibration: the images to learn from.
         evaluation: those to measure on.
+        scales: what the images' values are like (the report's key).
         warnings: what does not stop the run.
         digests: of network and images.
         schedules: of every method, the main one first.
@@ -54,6 +56,7 @@ class Preparation:
     graph: CapturedModel
     calibration: ImageSet
     evaluation: ImageSet
+    scales: dict[str, Any]
     warnings: list[str]
     digests: dict[str, str]
     schedules: dict[Method, Schedule]
@@ -97,6 +100,11 @@ def prepare(
         calibration, evaluation = _hold_back(calibration)
         warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
     digests["evaluation"] = evaluation.digest()
+    scales = scales_of(calibration.images, evaluation.images)
+    if scales["differ"]:  # before what else is strange, which likely comes of it
+        warnings.insert(0, of_different_scales(scales))
+    elif (unscaled := like_bytes(calibration.images, "calibration")) is not None:
+        warnings.insert(0, unscaled)
 
     preset = preset or PRESETS[config.preset]
     if config.iterations is not None:
@@ -129,6 +137,7 @@ def prepare(
         graph,
         calibration,
         evaluation,
+        scales,
         warnings,
         digests,
         schedules,

@@ -59,6 +59,7 @@ class Outcome:
         config, preset, settings: what was asked for, and what that meant for ``config.method``.
         device: where it ran.
         evaluation: images measured on.
+        scales: the report's key.
         models: the finished networks, ``config.method``'s first.
         histories: of each method, its blocks (empty where nothing is learned).
         float_logits, nearest_logits: (N, classes) of the float network, and of all rounded to nearest.
@@ -78,6 +79,7 @@ class Outcome:
     settings: MethodSettings
     device: str
     evaluation: ImageSet
+    scales: dict[str, Any]
     models: dict[Method, QuantizedModel]
     histories: dict[Method, list[dict[str, Any]]]
     float_logits: Tensor
@@ -115,6 +117,7 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "target": run.target,
         "sensitivity": run.sensitivity,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
+        "scales": run.scales,
         "measured_images": run.measurements.images,
         "blocks": [
             _describe_block(block, held_out)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.report.schema import Evaluation, Size
+from aquant_core.report.schema import Evaluation, Scales, Size
 
 Standing = Literal["within", "on_disk", "beyond_budget", "beyond_limit"]
 
@@ -74,6 +74,7 @@ class Plan(BaseModel):
         ),
     ] = None
     evaluation: Evaluation
+    scales: Scales | None = None
     device: str
     method: Method
     protocol: dict[str, Any]

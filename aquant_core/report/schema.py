@@ -92,6 +92,26 @@ class Evaluation(BaseModel):
     batch_size: int
 
 
+class Scale(BaseModel):
+    """What the values of a set of images are like."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    negative_share: float
+
+
+class Scales(BaseModel):
+    """Of the images learned from and of those measured on."""
+
+    calibration: Scale
+    evaluation: Scale
+    differ: Annotated[
+        bool, Field(description="Whether they were scaled differently: then no number here says what it should.")
+    ]
+
+
 class LossCurve(BaseModel):
     """Reconstruction loss by iteration, at most 120 points; of a longer run, means of neighbouring readings."""
 
@@ -294,6 +314,7 @@ class Report(BaseModel):
     sensitivity: Annotated[Sensitivity | None, Field(description="Null where it was switched off.")] = None
     target: Annotated[Target | None, Field(description="Null unless there was one.")] = None
     evaluation: Evaluation
+    scales: Scales | None = None
     measured_images: Annotated[
         int | None, Field(description="Evaluation images over which layers and `error_held_out` were measured.")
     ] = None

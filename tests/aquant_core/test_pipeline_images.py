@@ -49,6 +49,26 @@ def test_images_by_path_and_config_as_a_dict(tmp_path: Path) -> None:
     assert by_path.report["digests"] == by_value.report["digests"]
 
 
+@pytest.mark.parametrize("factor", [255.0, 1 / 255])
+def test_evaluation_images_of_another_scale_are_told_of_first_and_alone(factor: float) -> None:
+    calibration, evaluation = make_images(48, 1), make_images(20, 2, labels=True)
+    report = run(
+        calibration=calibration, evaluation=ImageSet(factor * evaluation.images, evaluation.labels), preset=SHORT
+    ).report
+    assert report["scales"]["differ"] is True
+    assert report["warnings"][0].startswith("Calibration and evaluation images are scaled differently: the calibration")
+    assert "a spread 25" in report["warnings"][0]
+    told = " ".join(report["warnings"])
+    assert not any(advice in told for advice in ("would help", "more iterations", "more bits", "do not cover"))
+
+
+def test_pixels_that_nobody_scaled_are_told_of() -> None:
+    pixels = torch.randint(256, (48, 3, 12, 12), generator=torch.Generator().manual_seed(0)).float()
+    first, *_ = run(calibration=pixels, evaluation=None, method="nearest").report["warnings"]
+    assert first.startswith("The calibration images are floats up to 255, all of them whole numbers")
+    assert not any("whole numbers" in warning for warning in run(method="nearest").report["warnings"])
+
+
 def test_images_of_another_kind_are_refused() -> None:
     images: Any = [1, 2]
     with pytest.raises(ImageSetError, match="calibration images are a list"):
