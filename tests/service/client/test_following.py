@@ -114,7 +114,7 @@ def test_a_stream_is_read_however_it_is_cut_up(size: int) -> None:
         'event: stage\ndata: {"at": "2026-01-31T12:00:00Z", "attempt": 1, "stage": "\u2028é"}\nid: 7\n\n'
         "event: deleted\ndata: {}\n\nevent: half"
     ).encode()
-    stream = EventStream(Exchanges("http://service"), "x", 0)
+    stream = EventStream(Exchanges("http://service"), "0" * 24, 0)
     stream.call()
     events = [event for at in range(0, len(text), size) for event in stream.feed(text[at : at + size])]
     assert [(event.kind, event.number) for event in events] == [("progress", None), ("stage", 7), ("deleted", None)]
