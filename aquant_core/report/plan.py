@@ -106,6 +106,25 @@ class Plan(BaseModel):
         return "on_disk" if self.on_disk else "within"
 
     @property
+    def cautions(self) -> list[str]:
+        """The warnings, and what is to be known of memory before a run is started."""
+        cautions = list(self.warnings)
+        if self.standing == "beyond_limit":
+            cautions.append(
+                "The forecast is beyond the memory above which a run is stopped here: it is likely to be stopped."
+            )
+        elif self.standing == "beyond_budget":
+            cautions.append(
+                "Wherever blocks' inputs are kept, the run takes more memory than it is to fill here: it is tried all "
+                "the same, and fails if there is no more."
+            )
+        if self.on_disk:
+            cautions.append(
+                f"What {self.on_disk} blocks are learned from goes to disk, for want of memory, which is slow."
+            )
+        return cautions
+
+    @property
     def on_disk(self) -> int:
         """How many blocks have their inputs and outputs on disk."""
         return sum(block.placement == "disk" for block in self.blocks)

@@ -6,10 +6,12 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from aquant_core.run_options import AsJson, Calibration, Evaluation, Model, configured
 from service.commands.exit_codes import OF_JOBS, ExitCode
 from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
+from service.commands.results import unknown_version
 from service.jobs.states import Device, JobState
 
 if TYPE_CHECKING:
@@ -125,11 +127,27 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
         raise
     if not as_json:  # its document has told it
         typer.echo(describe(job), err=True)
+        if job.state == JobState.SUCCEEDED:
+            _tell_result(client, job_id)
     if job.error is not None:
         typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
     code = OF_JOBS[job.state]
     if code:
         raise typer.Exit(code)
+
+
+def _tell_result(client: Client, job_id: str) -> None:
+    """How accurate it is; that this cannot be told is not the job's failure."""
+    from aquant_core.report.summary import ending
+    from service.client import ServiceProblemError, ServiceUnreachableError
+
+    try:
+        lines = ending(client.report(job_id))
+    except ValidationError:
+        lines = [unknown_version(job_id)]
+    except (ServiceProblemError, ServiceUnreachableError) as error:
+        lines = [str(error)]
+    typer.echo("\n".join(lines), err=True)
 
 
 def _task(job: JobDocument) -> str:

@@ -98,9 +98,14 @@ def page(report: dict[str, Any]) -> Page:
 def test_it_says_so_when_no_layer_stands_out(report: dict[str, Any]) -> None:
     report = with_everything(report)
     report["sensitivity"]["layers"][0]["interval"] = [-0.001, 0.021]
+    report["accuracy"]["float"]["top1"] += 0.01
     shown = Page(render(report)).shown
-    assert "No single layer stands out" in shown
+    assert "No single layer stands out : the bits were searched, and the target holds." in shown
     assert "Raise second" not in shown
+    report["target"] = None
+    assert "No single layer stands out : the loss is spread over many." in Page(render(report)).shown
+    report["accuracy"]["float"]["top1"] = report["accuracy"]["quantized"]["top1"]
+    assert "Nothing was lost : on these 1,000 images" in Page(render(report)).shown
 
 
 def test_it_says_what_the_report_says(page: Page, report: dict[str, Any]) -> None:

@@ -16,11 +16,14 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from job_rows import MINUTE, finish
+from job_rows import MINUTE, finish, stored
+from old_reports import old_report
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
+from aquant_core.report.summary import ending, summary
 from service import cli
+from service.artifacts import Artifacts
 from service.client import Client
 from service.commands.progress import describe, share_done
 from service.jobs.keys import KeyRepository
@@ -95,20 +98,54 @@ def test_a_target_is_an_option(aquant: Aquant, given: tuple[object, ...]) -> Non
 
 
 @in_a_folder
-def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_job: Callable[[], str]) -> None:
+def test_a_job_s_end_is_the_exit_code(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
     waits, fails, stops, works = (add_job() for _ in range(4))
     fail(sessions, fails)
     assert aquant("cancel", stops).out == "cancelled\n"
-    finish(sessions, works)
+    report = {"report": json.dumps(old_report()).encode()}
+    finish(sessions, works, results=stored(artifacts, works, report))
     ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
     assert [end.code for end in ends.values()] == [0, 3, 4, 5]
     assert [end.out for end in ends.values()] == [""] * 4
     assert "It is gone. Try again." in ends[fails].err
     assert f"aquant watch {waits}" in ends[waits].err
-    assert ends[works].err == f"{works} succeeded\n"
+    assert ends[works].err.splitlines() == [f"{works} succeeded", *ending(old_report())]
     told = aquant("watch", fails, "--json")
     assert told.document["error"]["code"] == "worker_lost"
     assert told.err == "It is gone. Try again.\n"
+
+
+@in_a_folder
+def test_a_result_that_cannot_be_told_is_no_failure(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
+    gone, later = add_job(), add_job()
+    finish(sessions, gone)
+    finish(sessions, later, results=stored(artifacts, later, {"report": b'{"format": "aquant-report/9"}'}))
+    told = aquant("watch", gone)
+    assert (told.code, "has no report" in told.err) == (0, True)
+    told = aquant("watch", later)
+    assert (told.code, f"`aquant report {later} --json` prints it" in told.err) == (0, True)
+
+
+@in_a_folder
+def test_a_report_is_for_eyes_a_browser_or_programs(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
+    job_id, later = add_job(), add_job()
+    finish(sessions, job_id, results=stored(artifacts, job_id, {"report": json.dumps(old_report()).encode()}))
+    shown = aquant("report", job_id)
+    assert (shown.code, shown.out.splitlines(), shown.err) == (0, summary(old_report()), "")
+    assert aquant("report", job_id, "--json").document == old_report()
+    assert aquant("report", job_id, "--html").out.startswith("<!DOCTYPE html>")
+    assert aquant("report", job_id, "--html", "--json").code == 2
+    finish(sessions, later, results=stored(artifacts, later, {"report": b'{"format": "aquant-report/9"}'}))
+    unknown = aquant("report", later)
+    assert (unknown.code, unknown.out) == (1, "")
+    assert "--json` prints it" in unknown.err
+    assert aquant("report", later, "--json").document == {"format": "aquant-report/9"}
 
 
 @in_a_folder
