@@ -59,6 +59,19 @@ def test_a_job_is_watched_to_its_end(client: Any, proxy: CuttingProxy, sessions:
 
 
 @in_a_folder
+def test_who_waits_is_told_that_others_wait_no_longer(
+    client: Any, sessions: Sessions, add_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing happens to the job itself, so it is told when a request has waited for so long."""
+    monkeypatch.setattr("service.client.exchanges.WAIT_SECONDS", 0.5)
+    first, second = add_job(), add_job()
+    documents = client.watch(second)
+    assert next(documents).queue_position == 1
+    claim(sessions, first)
+    assert next(documents).queue_position == 0
+
+
+@in_a_folder
 def test_watching_ends_in_time(client: Any, add_job: Any) -> None:
     job_id = add_job()
     with pytest.raises(TimeoutError, match=r"still queued after 0\.3 seconds"):

@@ -25,7 +25,7 @@ from aquant_core.report.summary import ending, summary
 from service import cli
 from service.artifacts import Artifacts
 from service.client import Client
-from service.commands.progress import describe, share_done
+from service.commands.progress import describe, job_display, share_done
 from service.jobs.keys import KeyRepository
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, Problem
@@ -183,14 +183,23 @@ def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: by
     for name, config in (
         ("net.onnx", {"target": {"max_accuracy_drop": 0.5}, "preset": "paper"}),
         ("m", {"weight_bits": 4, "activation_bits": 8, "method": "nearest", "dry_run": True}),
+        ("n", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4, "activation_bits": 6}}}),
+        ("o", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}}}),
+        ("p", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}, "conv": {}}}),
     ):
         parts = {"config": (None, json.dumps(config)), "model": (name, onnx_model), "calibration": ("c", images)}
         assert web.post("/jobs", files=parts).status_code == 202
-    second, first = (line.split(" queued ")[1].strip() for line in aquant("list").out.splitlines())
-    assert first == "aquant target 0.5 from W2A2 paper  net.onnx"
-    assert second == "nearest W4A8 fast (dry run)        m"
+    lines = [line.split(" queued ")[1].strip() for line in reversed(aquant("list").out.splitlines())]
+    assert lines == [
+        "aquant target 0.5 from W2A2 paper      net.onnx",
+        "nearest W4A8 fast (dry run)            m",
+        "aquant W2A2 (fc W4A6) fast             n",
+        "aquant W2A2 (fc W4) fast               o",
+        "aquant W2A2 (2 layers otherwise) fast  p",
+    ]
     shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
-    assert "network     m\n" in shown
+    assert "network     p\n" in shown
+    assert "config      aquant W2A2 (2 layers otherwise) fast, seed 0\n" in shown
 
 
 @in_a_folder
@@ -282,6 +291,26 @@ def test_progress_is_told_in_a_line(aquant: Aquant, add_job: Callable[[], str], 
     assert describe(job).endswith("running reconstruct block 2 of 4, 50/100 loss 0.25 7 s left")
     assert share_done(job) == 0.375
     assert aquant("list").err == ""
+
+
+@in_a_folder
+def test_a_log_has_a_line_for_each_step_and_each_place_in_the_queue(
+    add_job: Callable[[], str], web: httpx.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = web.get(f"/jobs/{add_job()}").json() | {"workers": 1}
+    counting = [{"iteration": iteration, "iterations": 3} for iteration in range(3)]
+    with job_display() as display:
+        for changes in (
+            *({"queue_position": place} for place in (11, 11, 2, 0)),
+            {"workers": 0},
+            *({"state": "running", "stage": "sensitivity", "progress": progress} for progress in counting),
+        ):
+            display.show(JobDocument.model_validate(document | changes))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2].strip() for line in lines] == [
+        "queued (11 ahead)", "queued (2 ahead)", "queued", "queued (no worker is there to take it)",
+        "running sensitivity",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
