@@ -18,7 +18,7 @@ from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
-from aquant_core.preparation import Preparation, prepare
+from aquant_core.preparation import Preparation, names_of, prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.report.plan import PLAN_FORMAT
 from aquant_core.reporting import describe_layer, protocol_of, size_of, versions
@@ -33,6 +33,7 @@ def plan(
     on_progress: OnProgress | None = None,
     preset: Preset | None = None,
     resources: Resources | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that comes before a run, and its forecast; ``config.dry_run`` does not matter here.
 
@@ -61,6 +62,7 @@ def plan(
     asked = (config.weight_bits, config.activation_bits)
     return {
         "format": PLAN_FORMAT,
+        "sources": names_of(names, model, calibration, evaluation),
         "dry_run": True,
         "blocks": _describe_blocks(ready),
         "layers": layers,

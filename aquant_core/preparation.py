@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,21 @@ def prepare(
         blocks,
         forecasts,
     )
+
+
+def names_of(
+    names: Mapping[str, str] | None, model: object, calibration: object, evaluation: object
+) -> dict[str, str | None]:
+    """The report's ``sources``: what the files are called, without their folders; None for what no file was read for.
+
+    Args:
+        names: by ``model``, ``calibration`` and ``evaluation``, where others have read the files.
+        model, calibration, evaluation: as a run was given them.
+    """
+    given = {"model": model, "calibration": calibration, "evaluation": evaluation}
+    if names is not None:
+        return {name: names.get(name) for name in given}
+    return {name: Path(source).name if isinstance(source, str | Path) else None for name, source in given.items()}
 
 
 def _image_set(images: ImageSet | Tensor | str | Path, what: Kind, preprocess: Preprocess | None) -> ImageSet:

@@ -56,6 +56,7 @@ class Outcome:
     Attributes:
         captured: the network as it came.
         sources: what it was read from.
+        names: the report's ``sources``.
         config, preset, settings: what was asked for, and what that meant for ``config.method``.
         device: where it ran.
         evaluation: images measured on.
@@ -74,6 +75,7 @@ class Outcome:
 
     captured: CapturedModel
     sources: Sources
+    names: dict[str, str | None]
     config: QuantizationConfig
     preset: Preset
     settings: MethodSettings
@@ -103,6 +105,7 @@ def report_of(run: Outcome) -> dict[str, Any]:
     layers = [_measured_layer(main, name, run) for name in main.layers]
     report = {
         "format": FORMAT,
+        "sources": run.names,
         "accuracy": None
         if labels is None
         else {

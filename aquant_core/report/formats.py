@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from aquant_core.config import FLOAT_BITS, QuantizationConfig
+from aquant_core.config import FLOAT_BITS
 
 MISSING, MINUS, SPACE = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 
@@ -83,16 +83,6 @@ def bits(width: int) -> str:
 def method(name: str) -> str:
     """What a method is called."""
     return NAMES.get(name, name)
-
-
-def heading(config: QuantizationConfig, searched: bool = False) -> str:
-    """What a run did, or is to do."""
-    widths = f"{_wide(config.weight_bits)} weights, {_wide(config.activation_bits)} activations"
-    return f"{method(config.method)}, {'bits searched by layer' if searched else widths}"
-
-
-def _wide(width: int) -> str:
-    return bits(width) if width == FLOAT_BITS else f"{width}-bit"
 
 
 def signed(value: float, form: str) -> str:

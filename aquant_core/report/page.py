@@ -19,28 +19,34 @@ from markupsafe import Markup
 from aquant_core.report import plots
 from aquant_core.report.advice import advice_of
 from aquant_core.report.commands import Sources, repeat
-from aquant_core.report.formats import FILTERS, heading, method
+from aquant_core.report.formats import FILTERS, method
+from aquant_core.report.naming import heading
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, SqnrRow
 from aquant_core.report.schema import Accuracy, Difference, Fidelity, Layer, Report, Value
 
 
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Mapping[str, Any], origin: str = "") -> str:
     """The page of a report, which is the JSON document of a finished run of this version or an older one.
 
     That of a dry run is a plan, and has a page of its own.
+
+    Args:
+        report: the document.
+        origin: a sentence on where it comes from, which the document does not know.
 
     Raises:
         pydantic.ValidationError: it is not such a document.
     """
     if report.get("dry_run"):
-        return _render_plan(Plan.model_validate(report))
+        return _render_plan(Plan.model_validate(report), origin)
     document = Report.model_validate(report)
     methods = _methods(document)
     return _page(
         "report.html",
         report=document,
-        title=heading(document.config, document.target is not None),
+        title=heading(document),
+        origin=origin,
         advice=advice_of(document),
         methods=methods,
         figures=_figures(document, methods),
@@ -48,11 +54,12 @@ def render(report: Mapping[str, Any]) -> str:
     )
 
 
-def _render_plan(plan: Plan) -> str:
+def _render_plan(plan: Plan, origin: str) -> str:
     return _page(
         "plan.html",
         plan=plan,
-        title=heading(plan.config, plan.config.target is not None),
+        title=heading(plan),
+        origin=origin,
         methods=[method(name) for name in dict.fromkeys((plan.method, *plan.config.compare))],
         start=repeat(plan.config.model_copy(update={"dry_run": False}), Sources()),
     )

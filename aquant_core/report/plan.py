@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.report.schema import Evaluation, Scales, Size
+from aquant_core.report.schema import Evaluation, Names, Scales, Size
 
 Standing = Literal["within", "on_disk", "beyond_budget", "beyond_limit"]
 
@@ -51,6 +51,7 @@ class Plan(BaseModel):
 
     format: Literal["aquant-plan/1"]
     dry_run: Literal[True]
+    sources: Names | None = None
     blocks: list[PlannedBlock]
     layers: list[PlannedLayer]
     values: list[PlannedValue]

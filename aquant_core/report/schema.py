@@ -302,10 +302,19 @@ class Target(BaseModel):
     chosen: Annotated[int, Field(description="Place in `candidates`.")]
 
 
+class Names(BaseModel):
+    """What the files of a run were called, without their folders; null for what was not read from a file."""
+
+    model: str | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+
+
 class Report(BaseModel):
     """What a quantization cost and how it was done."""
 
     format: Annotated[str | None, Field(description="aquant-report/2; null in older reports.")] = None
+    sources: Names | None = None
     accuracy: Annotated[AccuracyTable | None, Field(description="Null without labels.")]
     fidelity: FidelityTable
     comparison: list[MethodRow] = []

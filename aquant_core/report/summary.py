@@ -9,6 +9,7 @@ from typing import Any
 
 from aquant_core.report import formats
 from aquant_core.report.advice import MEASURES, Advice, advice_of
+from aquant_core.report.naming import heading
 from aquant_core.report.plan import Plan
 from aquant_core.report.schema import Accuracy, Difference, Fidelity, Report, SensitiveLayer
 
@@ -24,13 +25,12 @@ def summary(document: Mapping[str, Any]) -> list[str]:
     """
     if document.get("dry_run"):
         plan = Plan.model_validate(document)
-        title = formats.heading(plan.config, plan.config.target is not None)
-        title += ": what it would take (a dry run: nothing is quantized)"
+        title = f"{heading(plan)}: what it would take (a dry run: nothing is quantized)"
         return _printable([title, "", *_planned(plan), *_cautions("Before you start it:", plan.cautions)])
     report = Report.model_validate(document)
     return _printable(
         [
-            formats.heading(report.config, report.target is not None),
+            heading(report),
             "",
             *_methods(report),
             "",

@@ -13,6 +13,7 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.images import ImageSet
 from aquant_core.pipeline import quantize
+from aquant_core.planning import plan
 
 
 def test_without_evaluation_images_some_are_held_back() -> None:
@@ -67,6 +68,20 @@ def test_pixels_that_nobody_scaled_are_told_of() -> None:
     first, *_ = run(calibration=pixels, evaluation=None, method="nearest").report["warnings"]
     assert first.startswith("The calibration images are floats up to 255, all of them whole numbers")
     assert not any("whole numbers" in warning for warning in run(method="nearest").report["warnings"])
+
+
+def test_the_report_tells_what_the_files_are_called(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path / "images.safetensors")
+    config = {"weight_bits": 4, "activation_bits": 4, "method": "nearest", "sensitivity": False}
+    given = (make_net(), tmp_path / "images.safetensors", config, EVALUATION)
+    called = {"model": "net.onnx", "evaluation": "test.npz"}
+    for run_of in (lambda *of, **more: quantize(*of, **more).report, plan):
+        none_but_one = {"model": None, "calibration": "images.safetensors", "evaluation": None}
+        assert run_of(*given)["sources"] == none_but_one
+        assert run_of(*given, names=called)["sources"] == {"calibration": None, **called}
+        assert run_of(*given, names={})["sources"] == dict.fromkeys(none_but_one)
+    searched = quantize(*given[:2], {"target": {"max_accuracy_drop": 100}, "method": "nearest"}, names=called).report
+    assert searched["sources"]["model"] == "net.onnx"
 
 
 def test_images_of_another_kind_are_refused() -> None:

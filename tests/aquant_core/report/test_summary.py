@@ -69,10 +69,12 @@ def test_only_the_first_layers_are_named(lossy: dict[str, Any]) -> None:
 
 def test_a_target_is_told(lossy: dict[str, Any]) -> None:
     lossy["target"] = TARGET
+    lossy["config"] |= {"target": {"max_accuracy_drop": 0.8}, "compare": []}
+    lossy["sources"]["model"] = "net.onnx"
     line = "target     0.8 points lost at most: 0.75 with 2.50 bits a weight holds"
     assert line in summary(lossy)
     assert line in ending(lossy)
-    assert summary(lossy)[0] == "AQuant, bits searched by layer"
+    assert summary(lossy)[0] == "net.onnx: AQuant, bits searched by layer"
     lossy["target"] = TARGET | {"held": False}
     assert any("does not hold, nor did any network tried" in line for line in ending(lossy))
 
@@ -151,6 +153,7 @@ def test_a_plan() -> None:
 
 def test_names_move_no_cursor(lossy: dict[str, Any]) -> None:
     lossy["sensitivity"]["layers"] = [LAYER | {"layer": "\x1b[2Jnet\n"}]
+    lossy["sources"]["model"] = "\x1b[2Jnet\n"
     assert all(line.isprintable() for line in (*summary(lossy), *ending(lossy)))
     value = shlex.split(ending(lossy)[-1].partition("again with ")[2])[1]
     assert list(json.loads(value)["layers"]) == ["\x1b[2Jnet\n"]
