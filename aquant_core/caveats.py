@@ -24,11 +24,16 @@ _NAMED = 5
 def caveats(report: Mapping[str, Any], logits: Mapping[Method, Tensor]) -> list[str]:
     """Warnings that a finished run's numbers call for.
 
+    Of images scaled differently blocks and layers say nothing: what would help there would not help.
+
     Args:
         report: all but the warnings.
         logits: (N, classes) of each method's network.
     """
-    return [*_not_finite(logits), *_of_the_evaluation(report), *_of_the_blocks(report), *_of_the_inputs(report)]
+    told = [*_not_finite(logits), *_of_the_interval(report)]
+    if report["scales"]["differ"]:
+        return told
+    return [*told, *_of_the_gap(report), *_of_the_blocks(report), *_of_the_inputs(report)]
 
 
 def _not_finite(logits: Mapping[Method, Tensor]) -> list[str]:
@@ -39,22 +44,23 @@ def _not_finite(logits: Mapping[Method, Tensor]) -> list[str]:
     ]
 
 
-def _of_the_evaluation(report: Mapping[str, Any]) -> list[str]:
-    warnings = []
+def _of_the_interval(report: Mapping[str, Any]) -> list[str]:
     measured = report["fidelity" if report["accuracy"] is None else "accuracy"]["quantized"]
     low, high = measured["interval"]
-    if (high - low) / 2 > WIDE_INTERVAL:
-        what = "Agreement" if report["accuracy"] is None else "Accuracy"
-        warnings.append(
-            f"{what} was measured on {measured['n']} images, so it is known to ± {50 * (high - low):.1f} points only."
-        )
+    if (high - low) / 2 <= WIDE_INTERVAL:
+        return []
+    what = "Agreement" if report["accuracy"] is None else "Accuracy"
+    return [f"{what} was measured on {measured['n']} images, so it is known to ± {50 * (high - low):.1f} points only."]
+
+
+def _of_the_gap(report: Mapping[str, Any]) -> list[str]:
     gap = report["gap"]
-    if gap["interval"][0] > 0:
-        warnings.append(
-            f"The network agrees with the float one on {gap['calibration']['agreement']:.1%} of the calibration images "
-            f"and on {gap['held_out']['agreement']:.1%} of the others: more calibration images would help."
-        )
-    return warnings
+    if gap["interval"][0] <= 0:
+        return []
+    return [
+        f"The network agrees with the float one on {gap['calibration']['agreement']:.1%} of the calibration images "
+        f"and on {gap['held_out']['agreement']:.1%} of the others: more calibration images would help."
+    ]
 
 
 def _of_the_blocks(report: Mapping[str, Any]) -> list[str]:

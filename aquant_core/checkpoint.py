@@ -33,6 +33,7 @@ _KEY = "aquant"  # the header has this one key: several would be written in no f
 _FLOAT = 32  # config.FLOAT_BITS; that module needs pydantic
 _UNSIGNED = "0" * 64
 _OF_FORMAT = frozenset(("format", "graph", "layers", "quantizers", "a_rounding", "border", "tensors", "sha256"))
+_ONNX_FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags that may follow ONNX's version
 _NAME_OF_TYPE = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
 _TYPES_OF_BORDER: dict[int, dict[str, type[np.generic]]] = {
     16: {"border": np.float16, "alpha": np.float16},
@@ -123,7 +124,7 @@ def read(path: str | Path) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{path} is damaged: {error.detail}", error.remedy) from error
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.", REMEDY) from error
+        raise CheckpointError(f"{path} is damaged: {_why(error)}.", REMEDY) from error
 
 
 def write(path: str | Path, document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -193,9 +194,29 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         cut = _first_cut_off(path)
-        why = str(error) if cut is None else f"it ends before tensor {cut!r} does"
+        if cut is None and _is_onnx(path):
+            raise CheckpointError(
+                f"{path} is no checkpoint, it looks like ONNX.",
+                "Give what `aquant quantize` has made of it, or `aquant download` has fetched.",
+            ) from error
+        why = _why(error) if cut is None else f"it ends before tensor {cut!r} does"
         raise CheckpointError(f"{path} cannot be read: {why}.", REMEDY) from error
     return text, document, tensors
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in words for people."""
+    return "its document is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _is_onnx(path: Path) -> bool:
+    """Whether a file begins as ONNX does, with its version; a checkpoint has the length of its header and a brace."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return False
+    return len(head) == 9 and head[0] == 0x08 and head[1] < 0x80 and head[2] in _ONNX_FIELDS and head[8:] != b"{"
 
 
 def _first_cut_off(path: Path) -> str | None:

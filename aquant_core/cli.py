@@ -63,6 +63,7 @@ def quantize(
     from aquant_core.pipeline import quantize as run
     from aquant_core.planning import plan
     from aquant_core.report.page import render
+    from aquant_core.report.summary import ending, summary
     from aquant_core.resources import Resources
 
     def write(document: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ def quantize(
         with _errors_told(), _progress_told() as told:
             document = plan(model, calibration, config, evaluation, told, resources=Resources(chosen))
         write(document)
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json.dumps(document, indent=2) if as_json else "\n".join(summary(document)))
         return
     with _errors_told(), _progress_told() as told:
         result = run(
@@ -94,18 +95,8 @@ def quantize(
         return
     for warning in result.report["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
-    for name, measured in (result.report["accuracy"] or {}).items():
-        typer.echo(f"{name:<10} {_percent(measured['top1'])} of {measured['n']:,}")
-    if result.report["accuracy"] is None:
-        for name, measured in result.report["fidelity"].items():
-            typer.echo(f"{name:<10} decides as the float network on {_percent(measured['agreement'])}")
-    if (sought := result.report["target"]) is not None:
-        bits = sought["candidates"][sought["chosen"]]["mean_weight_bits"]
-        held = "holds" if sought["held"] else "does not hold, nor did any network tried: this is the best of them"
-        typer.echo(
-            f"{'target':<10} {sought['max_accuracy_drop']:g} points lost at most: {sought['drop']:.2f} "
-            f"with {bits:.2f} bits a weight {held}"
-        )
+    for line in ending(result.report):
+        typer.echo(line)
     typer.echo(f"{output}  {output.stat().st_size:,} bytes (float32: {result.report['size']['float_bytes']:,})")
 
 

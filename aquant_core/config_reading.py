@@ -49,12 +49,17 @@ def read_configuration(given: str | None, options: Mapping[str, Any]) -> dict[st
             configuration = json.loads(text)
             twice = repeated_key(text)
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{given} is neither JSON nor a file of it: {error}") from error
+            raise ValueError(f"{given} is neither JSON nor a file of it: {why_not_json(error)}") from error
         if not isinstance(configuration, dict):
             raise ValueError(f"{given} holds a {type(configuration).__name__}, not an object")
         if twice is not None:
             raise ValueError(f'{given} names "{twice}" twice: say it once')
     return {**configuration, **{name: value for name, value in options.items() if value is not None}}
+
+
+def why_not_json(error: Exception) -> str:
+    """What reading JSON raised, in words for people."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def repeated_key(text: str | bytes) -> str | None:

@@ -64,7 +64,7 @@ class GraphBuilder:
             shapes = [tuple(self.values[i].shape) for i in inputs]
             raise ModelFormatError(
                 f"{op} {name!r} cannot take inputs of shape {shapes}: {str(error).splitlines()[0]}.",
-                "Check that the images have the shape that the network expects.",
+                "Check that the images have the shape that the network expects, (N, C, H, W): channels first.",
             ) from error
         if held:
             self.weights[name] = held
@@ -81,7 +81,7 @@ class GraphBuilder:
                 raise
             raise ModelFormatError(
                 f"reshape {name!r} cannot take inputs of shape {[tuple(self.values[source].shape)]}: {error}.",
-                "Check that the images have the shape that the network expects.",
+                "Check that the images have the shape that the network expects, (N, C, H, W): channels first.",
             ) from error
         if target[0] != batch:
             raise UnsupportedOperatorError(

@@ -37,6 +37,7 @@ _REMEDY = (
     "Give .npz, .npy or .safetensors with `images` (N, C, H, W), uint8 or float, and, if you have them, `labels` (N,); "
     "or a zip or tar of image files."
 )
+_CHANNELS_FIRST = "Put the channels first: images.transpose(0, 3, 1, 2) in numpy, images.permute(0, 3, 1, 2) in torch."
 Kind = Literal["calibration", "evaluation"]
 
 _UNREADABLE = (
@@ -265,10 +266,12 @@ def named_if_unfit(wanted: Sequence[int | None], images: Tensor, dtype: torch.dt
         RuntimeError: the main memory is full; see ``memory_is_full``.
     """
     shape = tuple(images.shape)
+    sizes = tuple("any" if size is None else size for size in wanted)
+    last = len(shape) == 4 and wanted[0] not in (None, shape[1]) and _channels_last(wanted, shape[1:])
     unfit = ImageSetError(
-        f"The images are {images.dtype} {shape}; the network takes {dtype or 'floating point'} (N, C, H, W) with "
-        f"(C, H, W) = {tuple('any' if size is None else size for size in wanted)}.",
-        "Prepare them as for calibration, in a batch: one alone is images[None].",
+        f"The images are {images.dtype} {shape}{' (channels last)' if last else ''}; the network takes "
+        f"{dtype or 'floating point'} (N, C, H, W) with (C, H, W) = {sizes}.",
+        _CHANNELS_FIRST if last else "Prepare them as for calibration, in a batch: one alone is images[None].",
     )
     if len(shape) != 4 or not images.is_floating_point() or wanted[0] not in (None, shape[1]):
         raise unfit
@@ -293,7 +296,16 @@ def check_image_shape(wanted: Sequence[int | None], images: Tensor, what: Kind) 
     """
     shape = tuple(images.shape[1:])
     if any(size is not None and size != got for size, got in zip(wanted, shape, strict=True)):
+        last = _channels_last(wanted, shape)
         raise ImageSetError(
-            f"The {what} images are {shape}, the network takes {tuple(wanted)} (channels, height, width).",
-            "Resize or convert them as for training.",
+            f"The {what} images are {shape}{' (channels last)' if last else ''}, the network takes {tuple(wanted)} "
+            "(channels, height, width).",
+            _CHANNELS_FIRST if last else "Resize or convert them as for training.",
         )
+
+
+def _channels_last(wanted: Sequence[int | None], shape: Sequence[int]) -> bool:
+    """Whether (H, W, C) was given where (C, H, W) is taken."""
+    height, width, channels = shape
+    turned = (channels, height, width)
+    return channels in (1, 3) and all(size in (None, got) for size, got in zip(wanted, turned, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from aquant_core.images import ImageSet
 from aquant_core.measurements import clipped_shares, measure
 from aquant_core.methods import METHODS, Preset
 from aquant_core.model import QuantizedModel, marked, quantize_to_nearest, search_weights
-from aquant_core.preparation import prepare
+from aquant_core.preparation import names_of, prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.report.commands import Sources
@@ -67,6 +68,7 @@ def quantize(
     preset: Preset | None = None,
     resources: Resources | None = None,
     resume_from: str | Path | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> QuantizationResult:
     """Quantizes a network with the configured method.
 
@@ -81,6 +83,8 @@ def quantize(
         resources: device and memory budgets; by default a CPU and most of its free memory.
         resume_from: a folder in which finished blocks are kept. Blocks that an earlier run of the same kind left
             there are not learned again; the result has the same bytes as an undisturbed run's.
+        names: what the files are called, by ``model``, ``calibration`` and ``evaluation``, for the report to tell;
+            by default those of the paths given.
 
     Raises:
         AQuantError: one of its subclasses, before any reconstruction.
@@ -94,7 +98,7 @@ def quantize(
         )
     if config.target is not None and resume_from is None:  # candidates take blocks from each other by way of files
         with TemporaryDirectory(prefix="aquant-search-", dir=resources.folder if resources else None) as folder:
-            return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder)
+            return quantize(model, calibration, config, evaluation, on_progress, preset, resources, folder, names)
     clock = _Clock()
 
     def tell(progress: Progress) -> None:
@@ -108,6 +112,7 @@ def quantize(
         _name(calibration, "CALIBRATION"),
         None if evaluation is None else _name(evaluation, "EVALUATION"),
     )
+    called = names_of(names, model, calibration, evaluation)
     ready = prepare(model, calibration, config, evaluation, tell, preset, resources)
     preset, resources = ready.preset, ready.resources
     captured, graph, graphs, blocks, count = ready.captured, ready.graph, ready.graphs, ready.blocks, ready.count
@@ -195,11 +200,13 @@ def quantize(
         Outcome(
             captured=captured,
             sources=sources,
+            names=called,
             config=config,
             preset=preset,
             settings=schedules[config.method].method,
             device=str(resources.device),
             evaluation=evaluation,
+            scales=ready.scales,
             models=models,
             histories={name: runs[name].history if name in runs else [] for name in methods},
             float_logits=float_logits,

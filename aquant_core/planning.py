@@ -18,7 +18,7 @@ from aquant_core.images import ImageSet
 from aquant_core.methods import Preset
 from aquant_core.model import QuantizedModel
 from aquant_core.partition import Block
-from aquant_core.preparation import Preparation, prepare
+from aquant_core.preparation import Preparation, names_of, prepare
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.report.plan import PLAN_FORMAT
 from aquant_core.reporting import describe_layer, protocol_of, size_of, versions
@@ -33,6 +33,7 @@ def plan(
     on_progress: OnProgress | None = None,
     preset: Preset | None = None,
     resources: Resources | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that comes before a run, and its forecast; ``config.dry_run`` does not matter here.
 
@@ -61,6 +62,7 @@ def plan(
     asked = (config.weight_bits, config.activation_bits)
     return {
         "format": PLAN_FORMAT,
+        "sources": names_of(names, model, calibration, evaluation),
         "dry_run": True,
         "blocks": _describe_blocks(ready),
         "layers": layers,
@@ -71,6 +73,7 @@ def plan(
         "budget_bytes": ready.resources.memory_budget() if on_cpu else ready.resources.device_budget(),
         "limit_bytes": ready.resources.limit_bytes if on_cpu else None,
         "evaluation": {"images": len(ready.evaluation), "batch_size": evaluation_batch_size(ready.evaluation.images)},
+        "scales": ready.scales,
         "device": str(ready.resources.device),
         "method": config.method,
         "protocol": protocol_of(config, sketch, method),

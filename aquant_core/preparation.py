@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from aquant_core.partition import Block, partition
 from aquant_core.progress import OnProgress, Progress
 from aquant_core.reconstruction import Schedule
 from aquant_core.resources import Resources
+from aquant_core.scales import like_bytes, of_different_scales, scales_of
 
 _HELD_BACK_SHARE, _HELD_BACK_AT_MOST = 8, 256
 """Without evaluation images, one calibration image in eight is held back to measure on, at most 256."""
@@ -39,6 +41,7 @@ class Preparation:
         graph: the same with BatchNorm folded, on the device.
         calibration: the images to learn from.
         evaluation: those to measure on.
+        scales: what the images' values are like (the report's key).
         warnings: what does not stop the run.
         digests: of network and images.
         schedules: of every method, the main one first.
@@ -54,6 +57,7 @@ class Preparation:
     graph: CapturedModel
     calibration: ImageSet
     evaluation: ImageSet
+    scales: dict[str, Any]
     warnings: list[str]
     digests: dict[str, str]
     schedules: dict[Method, Schedule]
@@ -97,6 +101,11 @@ def prepare(
         calibration, evaluation = _hold_back(calibration)
         warnings.append(f"No evaluation images: measured on {len(evaluation)} calibration images held back.")
     digests["evaluation"] = evaluation.digest()
+    scales = scales_of(calibration.images, evaluation.images)
+    if scales["differ"]:  # before what else is strange, which likely comes of it
+        warnings.insert(0, of_different_scales(scales))
+    elif (unscaled := like_bytes(calibration.images, "calibration")) is not None:
+        warnings.insert(0, unscaled)
 
     preset = preset or PRESETS[config.preset]
     if config.iterations is not None:
@@ -129,6 +138,7 @@ def prepare(
         graph,
         calibration,
         evaluation,
+        scales,
         warnings,
         digests,
         schedules,
@@ -136,6 +146,21 @@ def prepare(
         blocks,
         forecasts,
     )
+
+
+def names_of(
+    names: Mapping[str, str] | None, model: object, calibration: object, evaluation: object
+) -> dict[str, str | None]:
+    """The report's ``sources``: what the files are called, without their folders; None for what no file was read for.
+
+    Args:
+        names: by ``model``, ``calibration`` and ``evaluation``, where others have read the files.
+        model, calibration, evaluation: as a run was given them.
+    """
+    given = {"model": model, "calibration": calibration, "evaluation": evaluation}
+    if names is not None:
+        return {name: names.get(name) for name in given}
+    return {name: Path(source).name if isinstance(source, str | Path) else None for name, source in given.items()}
 
 
 def _image_set(images: ImageSet | Tensor | str | Path, what: Kind, preprocess: Preprocess | None) -> ImageSet:

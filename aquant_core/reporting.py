@@ -56,9 +56,11 @@ class Outcome:
     Attributes:
         captured: the network as it came.
         sources: what it was read from.
+        names: the report's ``sources``.
         config, preset, settings: what was asked for, and what that meant for ``config.method``.
         device: where it ran.
         evaluation: images measured on.
+        scales: the report's key.
         models: the finished networks, ``config.method``'s first.
         histories: of each method, its blocks (empty where nothing is learned).
         float_logits, nearest_logits: (N, classes) of the float network, and of all rounded to nearest.
@@ -73,11 +75,13 @@ class Outcome:
 
     captured: CapturedModel
     sources: Sources
+    names: dict[str, str | None]
     config: QuantizationConfig
     preset: Preset
     settings: MethodSettings
     device: str
     evaluation: ImageSet
+    scales: dict[str, Any]
     models: dict[Method, QuantizedModel]
     histories: dict[Method, list[dict[str, Any]]]
     float_logits: Tensor
@@ -101,6 +105,7 @@ def report_of(run: Outcome) -> dict[str, Any]:
     layers = [_measured_layer(main, name, run) for name in main.layers]
     report = {
         "format": FORMAT,
+        "sources": run.names,
         "accuracy": None
         if labels is None
         else {
@@ -115,6 +120,7 @@ def report_of(run: Outcome) -> dict[str, Any]:
         "target": run.target,
         "sensitivity": run.sensitivity,
         "evaluation": {"images": len(evaluation), "batch_size": evaluation_batch_size(evaluation.images)},
+        "scales": run.scales,
         "measured_images": run.measurements.images,
         "blocks": [
             _describe_block(block, held_out)

@@ -85,9 +85,10 @@ def main(path: str) -> int:
             )
         else:
             text = str(error).splitlines()[0][:300] if str(error) else "no further word"
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else f"{type(error).__name__}: {text}"
             problem = Problem.of_job(
                 "upload_unreadable",
-                f"The upload could not be read: {type(error).__name__}: {text}.",
+                f"The upload could not be read: {why}.",
                 "Check that the model runs where it was exported, and send it again.",
             )
     else:

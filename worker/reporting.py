@@ -56,7 +56,7 @@ def publish_plan(
 
 def _write_report(document: dict[str, Any], warnings: list[str], folder: Path) -> Path:
     path = folder / "report.json"
-    document = {**document, "warnings": list(dict.fromkeys([*warnings, *document.get("warnings", [])]))}
+    document = {**document, "warnings": list(dict.fromkeys([*document.get("warnings", []), *warnings]))}
     path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False))
     return path
 

@@ -173,11 +173,14 @@ class JobRunner:
         model, calibration = CapturedModel.load(intake.captured), ImageSet.load(intake.calibration)
         evaluation = None if intake.evaluation is None else ImageSet.load(intake.evaluation)
         config = QuantizationConfig.model_validate(job.config)
+        names = (job.origin or {}).get("filenames", {})
         if config.dry_run:
-            document = plan(model, calibration, config, evaluation, report, resources=granted)
+            document = plan(model, calibration, config, evaluation, report, resources=granted, names=names)
             lease.flush()
             return publish_plan(claim, document, intake.warnings, folder, self._artifacts, self._sessions)
-        result = quantize(model, calibration, config, evaluation, report, resources=granted, resume_from=blocks.folder)
+        result = quantize(
+            model, calibration, config, evaluation, report, resources=granted, resume_from=blocks.folder, names=names
+        )
         report(Progress(stage="save"))
         lease.flush()
         return publish(claim, result, intake.warnings, folder, self._artifacts, self._sessions)

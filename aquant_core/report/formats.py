@@ -1,4 +1,4 @@
-"""How the report's page writes numbers; each function takes None for what is not known."""
+"""How the report's page writes numbers and names; what takes a number takes None for one that is not known."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from collections.abc import Callable
 from aquant_core.config import FLOAT_BITS
 
 MISSING, MINUS, SPACE = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+
+NAMES = {
+    "float": "Float",
+    "nearest": "Rounding to nearest",
+    "a_rounding": "A-rounding",
+    "adaround": "AdaRound",
+    "brecq": "BRECQ",
+    "qdrop": "QDrop",
+    "qdrop_refactored": "QDrop, at layer inputs",
+    "aquant_no_border": "AQuant without border",
+    "aquant": "AQuant",
+}
+"""What methods are called."""
 
 NO_NOISE = 200.0
 """dB that stand for no error at all."""
@@ -67,6 +80,11 @@ def bits(width: int) -> str:
     return "float" if width == FLOAT_BITS else str(width)
 
 
+def method(name: str) -> str:
+    """What a method is called."""
+    return NAMES.get(name, name)
+
+
 def signed(value: float, form: str) -> str:
     """By a format specification, with a true minus."""
     return format(value, form).replace("-", MINUS)
@@ -91,5 +109,6 @@ FILTERS: dict[str, Callable[..., str]] = {
     "fixed": fixed,
     "decibels": decibels,
     "bits": bits,
+    "method": method,
 }
 """By the names under which templates know them."""

@@ -17,64 +17,50 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from aquant_core.report import plots
+from aquant_core.report.advice import advice_of
 from aquant_core.report.commands import Sources, repeat
-from aquant_core.report.formats import FILTERS
+from aquant_core.report.formats import FILTERS, method
+from aquant_core.report.naming import heading
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, SqnrRow
 from aquant_core.report.schema import Accuracy, Difference, Fidelity, Layer, Report, Value
 
-NAMES = {
-    "float": "Float",
-    "nearest": "Rounding to nearest",
-    "a_rounding": "A-rounding",
-    "adaround": "AdaRound",
-    "brecq": "BRECQ",
-    "qdrop": "QDrop",
-    "qdrop_refactored": "QDrop, at layer inputs",
-    "aquant_no_border": "AQuant without border",
-    "aquant": "AQuant",
-}
 
-
-def render(report: Mapping[str, Any]) -> str:
+def render(report: Mapping[str, Any], origin: str = "") -> str:
     """The page of a report, which is the JSON document of a finished run of this version or an older one.
 
     That of a dry run is a plan, and has a page of its own.
+
+    Args:
+        report: the document.
+        origin: a sentence on where it comes from, which the document does not know.
 
     Raises:
         pydantic.ValidationError: it is not such a document.
     """
     if report.get("dry_run"):
-        return _render_plan(Plan.model_validate(report))
+        return _render_plan(Plan.model_validate(report), origin)
     document = Report.model_validate(report)
     methods = _methods(document)
     return _page(
         "report.html",
         report=document,
+        title=heading(document),
+        origin=origin,
+        advice=advice_of(document),
         methods=methods,
         figures=_figures(document, methods),
         distributions=_distributions(document),
     )
 
 
-def _render_plan(plan: Plan) -> str:
-    cautions = list(plan.warnings)
-    if plan.standing == "beyond_limit":
-        cautions.append(
-            "The forecast is beyond the memory above which a run is stopped here: it is likely to be stopped."
-        )
-    elif plan.standing == "beyond_budget":
-        cautions.append(
-            "Wherever blocks' inputs are kept, the run takes more memory than it is to fill here: it is tried all the "
-            "same, and fails if there is no more."
-        )
-    if plan.on_disk:
-        cautions.append(f"What {plan.on_disk} blocks are learned from goes to disk, for want of memory, which is slow.")
+def _render_plan(plan: Plan, origin: str) -> str:
     return _page(
         "plan.html",
         plan=plan,
-        methods=[_name(method) for method in dict.fromkeys((plan.method, *plan.config.compare))],
-        cautions=cautions,
+        title=heading(plan),
+        origin=origin,
+        methods=[method(name) for name in dict.fromkeys((plan.method, *plan.config.compare))],
         start=repeat(plan.config.model_copy(update={"dry_run": False}), Sources()),
     )
 
@@ -109,12 +95,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= FILTERS | {"method": _name}
+    environment.filters |= FILTERS
     return environment
-
-
-def _name(method: str) -> str:
-    return NAMES.get(method, method)
 
 
 def _methods(report: Report) -> list[dict[str, Any]]:
@@ -129,19 +111,19 @@ def _methods(report: Report) -> list[dict[str, Any]]:
     to_float = {each.method: each for each in report.differences if each.baseline == "float"}
     return [
         {
-            "method": method,
+            "method": name,
             "accuracy": accuracy,
             "fidelity": fidelity,
-            "chosen": method == report.method,
-            "to_float": to_float.get(method),
+            "chosen": name == report.method,
+            "to_float": to_float.get(name),
         }
-        for method, accuracy, fidelity in rows
+        for name, accuracy, fidelity in rows
     ]
 
 
 def _figures(report: Report, methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The plots that stand once on the page, the loss curves, and which layer is shown first."""
-    gains = [Bar(_name(each.baseline), each.top1, each.interval) for each in _of_the_chosen(report)]
+    gains = [Bar(method(each.baseline), each.top1, each.interval) for each in _of_the_chosen(report)]
     sqnr = [SqnrRow(each.name, each.sqnr_db) for each in report.layers if each.sqnr_db is not None]
     rows = [row for row in sqnr if row.marks()]
     curves = [
@@ -150,7 +132,7 @@ def _figures(report: Report, methods: Sequence[Mapping[str, Any]]) -> dict[str, 
     ]
     raised = [] if report.sensitivity is None else report.sensitivity.layers
     hurt = [Bar(each.layer, each.gain, each.interval) for each in raised]
-    title = f"{_name(report.method)} less each of the others"
+    title = f"{method(report.method)} less each of the others"
     return {
         "accuracy": _accuracy_bars(report, methods),
         "differences": plots.difference_plot(gains, title, "differences") if gains else None,
@@ -171,10 +153,10 @@ def _accuracy_bars(report: Report, methods: Sequence[Mapping[str, Any]]) -> Mark
     for row in methods:
         kind = "chosen" if row["chosen"] else ""
         if row["accuracy"] is not None:
-            bars.append(Bar(_name(row["method"]), row["accuracy"].top1, row["accuracy"].interval, kind))
+            bars.append(Bar(method(row["method"]), row["accuracy"].top1, row["accuracy"].interval, kind))
         elif row["fidelity"] is not None:
             agreement = row["fidelity"].agreement
-            bars.append(Bar(_name(row["method"]), agreement, row["fidelity"].interval or [agreement] * 2, kind))
+            bars.append(Bar(method(row["method"]), agreement, row["fidelity"].interval or [agreement] * 2, kind))
     what = "Top-1 accuracy" if report.accuracy else "Agreement with the float network"
     return plots.accuracy_bars(bars, what, "bars")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from aquant_core.config import Method, QuantizationConfig
-from aquant_core.report.schema import Evaluation, Size
+from aquant_core.report.schema import Evaluation, Names, Scales, Size
 
 Standing = Literal["within", "on_disk", "beyond_budget", "beyond_limit"]
 
@@ -51,6 +51,7 @@ class Plan(BaseModel):
 
     format: Literal["aquant-plan/1"]
     dry_run: Literal[True]
+    sources: Names | None = None
     blocks: list[PlannedBlock]
     layers: list[PlannedLayer]
     values: list[PlannedValue]
@@ -74,6 +75,7 @@ class Plan(BaseModel):
         ),
     ] = None
     evaluation: Evaluation
+    scales: Scales | None = None
     device: str
     method: Method
     protocol: dict[str, Any]
@@ -103,6 +105,25 @@ class Plan(BaseModel):
         if peak > self.budget_bytes:
             return "beyond_budget"
         return "on_disk" if self.on_disk else "within"
+
+    @property
+    def cautions(self) -> list[str]:
+        """The warnings, and what is to be known of memory before a run is started."""
+        cautions = list(self.warnings)
+        if self.standing == "beyond_limit":
+            cautions.append(
+                "The forecast is beyond the memory above which a run is stopped here: it is likely to be stopped."
+            )
+        elif self.standing == "beyond_budget":
+            cautions.append(
+                "Wherever blocks' inputs are kept, the run takes more memory than it is to fill here: it is tried all "
+                "the same, and fails if there is no more."
+            )
+        if self.on_disk:
+            cautions.append(
+                f"What {self.on_disk} blocks are learned from goes to disk, for want of memory, which is slow."
+            )
+        return cautions
 
     @property
     def on_disk(self) -> int:

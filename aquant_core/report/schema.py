@@ -92,6 +92,26 @@ class Evaluation(BaseModel):
     batch_size: int
 
 
+class Scale(BaseModel):
+    """What the values of a set of images are like."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    negative_share: float
+
+
+class Scales(BaseModel):
+    """Of the images learned from and of those measured on."""
+
+    calibration: Scale
+    evaluation: Scale
+    differ: Annotated[
+        bool, Field(description="Whether they were scaled differently: then no number here says what it should.")
+    ]
+
+
 class LossCurve(BaseModel):
     """Reconstruction loss by iteration, at most 120 points; of a longer run, means of neighbouring readings."""
 
@@ -282,10 +302,19 @@ class Target(BaseModel):
     chosen: Annotated[int, Field(description="Place in `candidates`.")]
 
 
+class Names(BaseModel):
+    """What the files of a run were called, without their folders; null for what was not read from a file."""
+
+    model: str | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+
+
 class Report(BaseModel):
     """What a quantization cost and how it was done."""
 
     format: Annotated[str | None, Field(description="aquant-report/2; null in older reports.")] = None
+    sources: Names | None = None
     accuracy: Annotated[AccuracyTable | None, Field(description="Null without labels.")]
     fidelity: FidelityTable
     comparison: list[MethodRow] = []
@@ -294,6 +323,7 @@ class Report(BaseModel):
     sensitivity: Annotated[Sensitivity | None, Field(description="Null where it was switched off.")] = None
     target: Annotated[Target | None, Field(description="Null unless there was one.")] = None
     evaluation: Evaluation
+    scales: Scales | None = None
     measured_images: Annotated[
         int | None, Field(description="Evaluation images over which layers and `error_held_out` were measured.")
     ] = None

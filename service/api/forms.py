@@ -74,7 +74,8 @@ class FormStream:
     def __init__(self, body: AsyncIterator[bytes], content_type: str | None) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
-            raise FormTypeError(f"The content type is {content_type!r}, not multipart/form-data.", FORM_REMEDY)
+            said = "missing" if content_type is None else repr(content_type)
+            raise FormTypeError(f"The content type is {said}, not multipart/form-data.", FORM_REMEDY)
         if b"boundary" not in options:
             raise FormError("The content type names no boundary.", FORM_REMEDY)
         self._body = body

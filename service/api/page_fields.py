@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.config_reading import repeated_key
+from aquant_core.config_reading import repeated_key, why_not_json
 from service.api.forms import Part
 from service.api.submitting import text_of
 from service.jobs.errors import ConfigError, FormError
@@ -50,7 +50,8 @@ class PageFields:
                 more = json.loads(self._more)
                 twice = repeated_key(self._more)
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"The further settings are not JSON: {error}.", CONFIG_REMEDY) from error
+                why = why_not_json(error)
+                raise ConfigError(f"The further settings are not JSON: {why}.", CONFIG_REMEDY) from error
             if not isinstance(more, dict):
                 raise ConfigError(
                     "The further settings are not a JSON object.", 'Write them as {"seed": 1, "compare": ["qdrop"]}.'

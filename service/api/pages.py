@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from aquant_core.config import FLOAT_BITS, PresetName
-from aquant_core.report.page import NAMES
+from aquant_core.report.formats import NAMES
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, accuracy_bars
 from aquant_core.report.schema import Report

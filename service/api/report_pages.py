@@ -37,15 +37,16 @@ def _quality(accept: str, kind: str, subtype: str) -> float:
     return next((found[name] for name in (f"{kind}/{subtype}", f"{kind}/*", "*/*") if name in found), 0.0)
 
 
-def page_of(body: bytes, if_none_match: str | None) -> Response | None:
+def page_of(body: bytes, origin: str, if_none_match: str | None) -> Response | None:
     """The report's bytes as a page, which has an ETag of its own; None where this version cannot show them.
 
     Args:
         body: the stored JSON.
+        origin: a sentence on the job that it is of.
         if_none_match: the request's header.
     """
     try:
-        page = render(json.loads(body)).encode()
+        page = render(json.loads(body), origin).encode()
     except ValidationError as error:
         log.warning("a report cannot be shown as a page: %s", error)
         return None

@@ -61,6 +61,7 @@ class _File:
     key: str
     size: int
     sha256: str
+    origin: str
 
     @property
     def etag(self) -> str:
@@ -97,7 +98,7 @@ async def report(
     file = await run_in_threadpool(_find, owner, job_id, "report")
     if prefers_page(accept):
         body = await run_in_threadpool(parts.artifacts.get_bytes, file.key)
-        page = await run_in_threadpool(page_of, body, if_none_match)
+        page = await run_in_threadpool(page_of, body, file.origin, if_none_match)
         if page is not None:
             return page
     headers = {**file.headers, "Vary": "Accept"}
@@ -228,7 +229,8 @@ def _find(owner: Owner, job_id: str, name: str) -> _File:
                 f"Job {job_id} is {job.state} and has no {name}.",
                 _REMEDY.get(job.state, "Ask again once it has succeeded."),
             )
-        return _File(artifact.key, artifact.size, artifact.sha256)
+        ended = "" if job.finished_at is None else f", finished {job.finished_at:%Y-%m-%d %H:%M} UTC"
+        return _File(artifact.key, artifact.size, artifact.sha256, f"Job {job_id}{ended}.")
 
 
 def _find_onnx(parts: Parts, owner: Owner, job_id: str) -> _File:

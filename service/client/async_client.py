@@ -65,10 +65,10 @@ class AsyncClient:
 
     async def submit(
         self,
-        model: Path,
-        calibration: Path,
+        model: str | Path,
+        calibration: str | Path,
         config: QuantizationConfig | Mapping[str, Any],
-        evaluation: Path | None = None,
+        evaluation: str | Path | None = None,
         device: Device | None = None,
         *,
         reuse: bool = False,
@@ -84,7 +84,7 @@ class AsyncClient:
             )
         )
 
-    async def upload(self, path: Path, transferred: Transferred | None = None) -> str:
+    async def upload(self, path: str | Path, transferred: Transferred | None = None) -> str:
         """Send a file, from where an earlier try was cut off; its sha256 in hex.
 
         Raises:
@@ -153,7 +153,7 @@ class AsyncClient:
     async def download(
         self,
         job_id: str,
-        target: Path,
+        target: str | Path,
         what: Literal["checkpoint", "onnx"] = "checkpoint",
         transferred: Transferred | None = None,
     ) -> str:

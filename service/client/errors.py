@@ -33,7 +33,7 @@ class KeyMalformedError(ValueError):
 
 
 class JobIdMalformedError(ValueError):
-    """The id given is none of a job."""
+    """The id given is none of a job: nothing was asked."""
 
 
 class DigestMismatchError(Exception):

@@ -6,11 +6,11 @@ No step is taken here, so the synchronous and the asynchronous client share all 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
-from urllib.parse import quote
 
 import httpx
 from pydantic import RootModel
@@ -26,7 +26,7 @@ from service.client.errors import (
     read,
 )
 from service.client.patience import PATIENCE_SECONDS, Patience
-from service.jobs.schemas import Health, JobDocument, JobPage, JobRequest
+from service.jobs.schemas import JOB_ID, Health, JobDocument, JobPage, JobRequest
 from service.jobs.states import JobState
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -111,14 +111,17 @@ def address(url: str) -> str:
 
 
 def job_path(job_id: str, below: str = "") -> str:
-    """Where a job is, or what is below it; an id is one part of the path, whatever it holds.
+    """Where a job is, or what is below it.
 
     Raises:
-        JobIdMalformedError: it is "." or "..", which httpx takes for folders.
+        JobIdMalformedError: no job has such an id, and the path might lead elsewhere.
     """
-    if job_id in (".", ".."):
-        raise JobIdMalformedError(f"{job_id!r} is no id of a job. `aquant submit` prints it, `aquant list` lists them.")
-    return f"/jobs/{quote(job_id, safe='')}{below}"
+    if not re.fullmatch(JOB_ID, job_id):
+        raise JobIdMalformedError(
+            f"{job_id!r} is no id of a job, which has 24 digits and letters from a to f. `aquant submit` prints it, "
+            "`aquant list` lists them."
+        )
+    return f"/jobs/{job_id}{below}"
 
 
 class Exchanges:

@@ -68,10 +68,10 @@ class Client:
 
     def submit(
         self,
-        model: Path,
-        calibration: Path,
+        model: str | Path,
+        calibration: str | Path,
         config: QuantizationConfig | Mapping[str, Any],
-        evaluation: Path | None = None,
+        evaluation: str | Path | None = None,
         device: Device | None = None,
         *,
         reuse: bool = False,
@@ -96,7 +96,7 @@ class Client:
             )
         )
 
-    def upload(self, path: Path, transferred: Transferred | None = None) -> str:
+    def upload(self, path: str | Path, transferred: Transferred | None = None) -> str:
         """Send a file, from where an earlier try was cut off; its sha256 in hex.
 
         Raises:
@@ -163,7 +163,7 @@ class Client:
     def download(
         self,
         job_id: str,
-        target: Path,
+        target: str | Path,
         what: Literal["checkpoint", "onnx"] = "checkpoint",
         transferred: Transferred | None = None,
     ) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -30,10 +31,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def submit(
     exchanges: Exchanges,
-    model: Path,
-    calibration: Path,
+    model: str | Path,
+    calibration: str | Path,
     config: QuantizationConfig | Mapping[str, Any],
-    evaluation: Path | None,
+    evaluation: str | Path | None,
     device: Device | None,
     reuse: bool,
     webhook: WebhookRequest | None,
@@ -43,25 +44,26 @@ def submit(
     """Upload the files that the service does not have, then ask for the job."""
     if not isinstance(config, QuantizationConfig):
         config = QuantizationConfig.model_validate(config)  # if it is refused, no upload was in vain
-    paths = {"model": model, "calibration": calibration, "evaluation": evaluation}
+    given = {"model": model, "calibration": calibration, "evaluation": evaluation}
+    paths = {name: Path(path) for name, path in given.items() if path is not None}
     references: dict[str, str] = {}
     for name, path in paths.items():
-        if path is not None:
-            references[name] = f"sha256:{(yield from upload(exchanges, path, transferred))}"
-    filenames = {name: path.name for name, path in paths.items() if path is not None}
+        references[name] = f"sha256:{(yield from upload(exchanges, path, transferred))}"
+    filenames = {name: path.name for name, path in paths.items()}
     asked = {"filenames": filenames, "config": config, "device": device, "reuse": reuse or None, "webhook": webhook}
-    given = {name: value for name, value in asked.items() if value is not None}
-    request = JobRequest.model_validate({**references, **given})
+    said = {name: value for name, value in asked.items() if value is not None}
+    request = JobRequest.model_validate({**references, **said})
     return (yield from exchanges.create(request, idempotency_key))
 
 
-def upload(exchanges: Exchanges, path: Path, transferred: Transferred | None = None) -> Exchange[str]:
+def upload(exchanges: Exchanges, path: str | Path, transferred: Transferred | None = None) -> Exchange[str]:
     """Send a file, from where an earlier try of it was cut off; its sha256.
 
     Raises:
         DigestMismatchError: the file changed meanwhile.
     """
-    sha256, size = yield Work(lambda: _digest_of(path))
+    path = Path(path)
+    sha256, size = yield Work(functools.partial(_digest_of, path))
     url = f"/uploads/{sha256}"
     offset, complete = yield from _standing(exchanges, url)
     patience = exchanges.patience()
@@ -135,7 +137,7 @@ def _read(path: Path, offset: int, count: int) -> bytes:
 def download(
     exchanges: Exchanges,
     job_id: str,
-    target: Path,
+    target: str | Path,
     what: Literal["checkpoint", "onnx"],
     transferred: Transferred | None = None,
 ) -> Exchange[str]:
@@ -147,7 +149,7 @@ def download(
         DigestMismatchError: the bytes are not those that the service has; ``target`` is left as it was.
     """
     patience = exchanges.patience()
-    arriving = _Arriving(target, transferred)
+    arriving = _Arriving(Path(target), transferred)
     while True:
         yield Work(arriving.take_stock)
         before = arriving.size

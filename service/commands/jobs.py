@@ -6,13 +6,16 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from aquant_core.run_options import AsJson, Calibration, Evaluation, Model, configured
 from service.commands.exit_codes import OF_JOBS, ExitCode
 from service.commands.options import DEFAULT_URL, JobId, Key, Timeout, Url, open_client
+from service.commands.results import unknown_version
 from service.jobs.states import Device, JobState
 
 if TYPE_CHECKING:
+    from aquant_core.config import QuantizationConfig
     from service.client import Client
     from service.jobs.schemas import JobDocument
 
@@ -125,6 +128,8 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
         raise
     if not as_json:  # its document has told it
         typer.echo(describe(job), err=True)
+        if job.state == JobState.SUCCEEDED:
+            _tell_result(client, job_id)
     if job.error is not None:
         typer.echo(f"{job.error.detail} {job.error.remedy}", err=True)
     code = OF_JOBS[job.state]
@@ -132,13 +137,39 @@ def _follow(client: Client, job_id: str, timeout: float | None, as_json: bool) -
         raise typer.Exit(code)
 
 
+def _tell_result(client: Client, job_id: str) -> None:
+    """How accurate it is; that this cannot be told is not the job's failure."""
+    from aquant_core.report.summary import ending
+    from service.client import ServiceProblemError, ServiceUnreachableError
+
+    try:
+        lines = ending(client.report(job_id))
+    except ValidationError:
+        lines = [unknown_version(job_id)]
+    except (ServiceProblemError, ServiceUnreachableError) as error:
+        lines = [str(error)]
+    typer.echo("\n".join(lines), err=True)
+
+
 def _task(job: JobDocument) -> str:
     """What a job is to do, in a few words."""
     config = job.config
     bits = f"W{config.weight_bits}A{config.activation_bits}"
+    if config.layers:
+        bits += f" ({_raised(config)})"
     if config.target is not None:
         bits = f"target {config.target.max_accuracy_drop:g} from {bits}"
     return f"{config.method} {bits} {config.preset}{' (dry run)' if config.dry_run else ''}"
+
+
+def _raised(config: QuantizationConfig) -> str:
+    """The layer with bits of its own, or how many have them."""
+    if len(config.layers) > 1:
+        return f"{len(config.layers)} layers otherwise"
+    ((name, own),) = config.layers.items()
+    widths = {"W": own.weight_bits, "A": own.activation_bits}
+    said = "".join(f"{letter}{width}" for letter, width in widths.items() if width is not None)
+    return f"{name} {said}".rstrip()
 
 
 def _facts(job: JobDocument) -> list[str]:

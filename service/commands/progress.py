@@ -48,7 +48,7 @@ class JobDisplay:
     def __init__(self, console: Console, bars: Progress) -> None:
         self._console, self._bars = console, bars
         self._task = bars.add_task("", total=None) if console.is_terminal else None
-        self._told: tuple[str, str | None, int] | None = None
+        self._told: tuple[object, ...] = ()
 
     def show(self, job: JobDocument) -> None:
         """The job as it is now; its end is for the caller to tell."""
@@ -59,7 +59,8 @@ class JobDisplay:
             total = None if share is None else 1.0
             self._bars.update(self._task, description=describe(job), total=total, completed=share or 0.0)
             return
-        step = (str(job.state), job.stage, job.progress.block)
+        waits = job.queue_position, job.workers == 0
+        step = (job.state, waits, job.stage, job.progress.block)  # not what counts up in between
         if step != self._told:
             self._console.print(describe(job), soft_wrap=True)
             self._told = step

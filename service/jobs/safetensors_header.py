@@ -8,6 +8,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from aquant_core.config_reading import why_not_json
+
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 """Room for tens of thousands of tensors; the format's own bound, 100 MB, would take ten times as much of memory."""
 _FORMATS_OWN_BOUND = 100_000_000
@@ -54,7 +56,7 @@ def read_header(file: BinaryIO, size: int) -> dict[str, TensorEntry]:
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"its header is not JSON ({error})") from error
+        raise HeaderError(f"its header is not JSON ({why_not_json(error)})") from error
     header.pop("__metadata__", None)
     entries, spans = {}, []
     for name, raw in header.items():

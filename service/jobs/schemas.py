@@ -119,7 +119,10 @@ class WebhookStatus(BaseModel):
     error: Annotated[str | None, Field(description="Why the latest try came to nothing.")] = None
 
 
-FILE_REFERENCE = "^(sha256:[0-9a-f]{64}|job:[0-9a-f]{24})$"
+JOB_ID = "[0-9a-f]{24}"
+"""What every job's id is like: ``submission.new_job_id``."""
+
+FILE_REFERENCE = f"^(sha256:[0-9a-f]{{64}}|job:{JOB_ID})$"
 FileReference = Annotated[
     str,
     Field(

@@ -9,8 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.report.formats import duration
-from aquant_core.report.page import NAMES
+from aquant_core.report.formats import NAMES, duration
 from aquant_core.report.plots import loss_plot
 from service.jobs.schemas import JobDocument
 from service.jobs.states import JobState

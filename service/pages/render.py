@@ -13,8 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.report.formats import FILTERS, bits, duration
-from aquant_core.report.page import NAMES
+from aquant_core.report.formats import FILTERS, NAMES, bits, duration
 
 STATIC: Mapping[str, tuple[str, str]] = {
     # The report's own style is the page's, too: one look, and its plots are drawn with it.

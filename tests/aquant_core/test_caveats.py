@@ -26,6 +26,7 @@ FINE: dict[str, Any] = {
     "blocks": [BLOCK],
     "layers": [PART],
     "values": [],
+    "scales": {"differ": False},
 }
 LOGITS = {"aquant": torch.zeros(2, 3)}
 
@@ -75,6 +76,20 @@ def test_a_warning(changes: dict[str, Any], words: str) -> None:
 )
 def test_none(changes: dict[str, Any]) -> None:
     assert told(changes) == []
+
+
+def test_images_scaled_differently_make_other_advice_wrong() -> None:
+    spoilt = {
+        "gap.interval": [0.001, 0.05],
+        "blocks.0.error_after": 2.1,
+        "blocks.0.error_held_out": 9.0,
+        "layers.0.clipped_share": 0.9,
+        "layers.0.dead_channels": {"float": 1, "quantized": 2},
+    }
+    assert len(told(spoilt)) == 5
+    assert told(spoilt | {"scales.differ": True}) == []
+    (warning,) = told(spoilt | {"scales.differ": True, "accuracy.quantized.interval": [0.87, 0.93]})
+    assert "so it is known to" in warning
 
 
 def test_many_layers_are_counted() -> None:

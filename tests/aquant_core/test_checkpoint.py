@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uploads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -191,6 +192,20 @@ def test_a_truncated_file_is_refused_with_the_first_tensor_that_is_cut_off(sourc
             read(damaged)
     with pytest.raises(CheckpointError, match=f"it ends before tensor '{ends[-1][1]}' does"):
         load(damaged)
+
+
+def test_a_network_in_place_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    network = tmp_path / "model.onnx"
+    network.write_bytes(uploads.onnx_model())
+    with pytest.raises(CheckpointError, match=r"no checkpoint, it looks like ONNX\. Give what `aquant quantize`"):
+        read(network)
+
+
+def test_a_document_nested_without_end_is_told_in_words(tmp_path: Path) -> None:
+    deep = tmp_path / "q.safetensors"
+    save_file({"w": np.zeros(1, np.float32)}, deep, {"aquant": "[" * 200_000})
+    with pytest.raises(CheckpointError, match="its document is nested too deeply"):
+        read(deep)
 
 
 def test_a_longer_file_is_refused(tmp_path: Path) -> None:

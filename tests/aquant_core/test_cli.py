@@ -25,6 +25,7 @@ from aquant_core.checkpoint import read
 from aquant_core.evaluation import logits_of, wilson_interval
 from aquant_core.model import QuantizedModel
 from aquant_core.networks import open_network
+from aquant_core.report.summary import ending
 from aquant_core.runtime import IntegerModel
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "format-2-border.safetensors"
@@ -170,6 +171,7 @@ def test_a_network_is_quantized_and_then_measured(folder: Path, tmp_path: Path) 
     assert about["digests"] == report["digests"]
     top1 = report["accuracy"]["quantized"]["top1"]
     assert f"quantized  {100 * top1:.2f} % of 40" in done.stdout
+    assert ending(report) == done.stdout.splitlines()[:-1]
     assert "reconstruct aquant block 1 of" in done.stderr
     assert "warning: " in done.stderr
     assert len(list((tmp_path / "blocks").iterdir())) >= 2
@@ -296,7 +298,10 @@ def test_a_dry_run_prints_the_plan_and_writes_no_checkpoint(folder: Path, tmp_pa
     output = tmp_path / "q.safetensors"
     arguments = [folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--dry-run", "-o", output]
     arguments += ["--report", tmp_path / "plan.html"]
-    result = run("quantize", *arguments)
+    shown = run("quantize", *arguments).stdout
+    assert shown.startswith("AQuant, 4-bit weights, 4-bit activations: what it would take")
+    assert "\nmemory     up to " in shown
+    result = run("quantize", *arguments, "--json")
     assert result.exit_code == 0, result.output
     planned = json.loads(result.stdout)
     assert (planned["dry_run"], planned["other_bits"]) == (True, ["conv", "fc"])

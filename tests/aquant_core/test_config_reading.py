@@ -50,6 +50,11 @@ def test_the_first_key_that_stands_twice_is_found(document: str | bytes, place: 
     assert repeated_key(document) == place
 
 
+def test_json_nested_without_end_is_told_in_words() -> None:
+    with pytest.raises(ValueError, match=r"neither JSON nor a file of it: it is nested too deeply$"):
+        read_configuration('{"layers":' * 200_000, {})
+
+
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner)))
 def test_what_json_writes_names_nothing_twice(document: Any) -> None:
     assert repeated_key(json.dumps(document)) is None

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_torch
 from aquant_core.config import QuantizationConfig
 from aquant_core.errors import AQuantError, ImageSetError, NonFiniteError, UnknownLayerError
 from aquant_core.graph import INPUT, CapturedModel, Node
-from aquant_core.images import ImageSet, check_image_shape, check_images, read_images
+from aquant_core.images import ImageSet, check_image_shape, check_images, named_if_unfit, read_images
 
 IMAGES = np.random.default_rng(0).random((16, 3, 4, 4), dtype=np.float32)
 LABELS = np.arange(16) % 5
@@ -278,6 +278,29 @@ def test_both_sets_must_have_the_networks_shape() -> None:
         check_images(network(), wide, W2A2)
     with pytest.raises(ImageSetError, match=r"evaluation images are \(3, 4, 5\)"):
         check_images(network(), image_set(16), W2A2, wide)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape", "last"),
+    [
+        ((1, 28, 28), (28, 28, 1), True),
+        ((3, None, None), (28, 20, 3), True),
+        ((3, 28, 28), (28, 28, 1), False),  # grey, and turned round
+        ((1, 28, 28), (32, 32, 1), False),
+        ((4, 28, 28), (28, 28, 4), False),
+        ((3, 28, 28), (3, 28, 29), False),
+    ],
+)
+def test_channels_that_come_last_are_named(wanted: Any, shape: tuple[int, ...], last: bool) -> None:
+    images = torch.zeros(2, *shape)
+    with pytest.raises(ImageSetError) as caught:
+        check_image_shape(wanted, images, "calibration")
+    assert ("channels last" in caught.value.detail) is last
+    assert (caught.value.remedy.startswith("Put the channels first: images.transpose(0, 3, 1, 2)")) is last
+    if shape[0] != wanted[0]:
+        with pytest.raises(ImageSetError) as caught, named_if_unfit(wanted, images):
+            pass
+        assert ("channels last" in caught.value.detail) is last
 
 
 def test_free_sizes_take_any_image() -> None:

@@ -13,6 +13,7 @@ from aquant_core.config import QuantizationConfig
 from aquant_core.errors import ImageSetError, NonFiniteError
 from aquant_core.images import ImageSet
 from aquant_core.pipeline import quantize
+from aquant_core.planning import plan
 
 
 def test_without_evaluation_images_some_are_held_back() -> None:
@@ -47,6 +48,40 @@ def test_images_by_path_and_config_as_a_dict(tmp_path: Path) -> None:
     by_path = quantize(make_net(), tmp_path / "images.safetensors", values)
     by_value = quantize(make_net(), CALIBRATION, QuantizationConfig.model_validate(values))
     assert by_path.report["digests"] == by_value.report["digests"]
+
+
+@pytest.mark.parametrize("factor", [255.0, 1 / 255])
+def test_evaluation_images_of_another_scale_are_told_of_first_and_alone(factor: float) -> None:
+    calibration, evaluation = make_images(48, 1), make_images(20, 2, labels=True)
+    report = run(
+        calibration=calibration, evaluation=ImageSet(factor * evaluation.images, evaluation.labels), preset=SHORT
+    ).report
+    assert report["scales"]["differ"] is True
+    assert report["warnings"][0].startswith("Calibration and evaluation images are scaled differently: the calibration")
+    assert "a spread 25" in report["warnings"][0]
+    told = " ".join(report["warnings"])
+    assert not any(advice in told for advice in ("would help", "more iterations", "more bits", "do not cover"))
+
+
+def test_pixels_that_nobody_scaled_are_told_of() -> None:
+    pixels = torch.randint(256, (48, 3, 12, 12), generator=torch.Generator().manual_seed(0)).float()
+    first, *_ = run(calibration=pixels, evaluation=None, method="nearest").report["warnings"]
+    assert first.startswith("The calibration images are floats up to 255, all of them whole numbers")
+    assert not any("whole numbers" in warning for warning in run(method="nearest").report["warnings"])
+
+
+def test_the_report_tells_what_the_files_are_called(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path / "images.safetensors")
+    config = {"weight_bits": 4, "activation_bits": 4, "method": "nearest", "sensitivity": False}
+    given = (make_net(), tmp_path / "images.safetensors", config, EVALUATION)
+    called = {"model": "net.onnx", "evaluation": "test.npz"}
+    for run_of in (lambda *of, **more: quantize(*of, **more).report, plan):
+        none_but_one = {"model": None, "calibration": "images.safetensors", "evaluation": None}
+        assert run_of(*given)["sources"] == none_but_one
+        assert run_of(*given, names=called)["sources"] == {"calibration": None, **called}
+        assert run_of(*given, names={})["sources"] == dict.fromkeys(none_but_one)
+    searched = quantize(*given[:2], {"target": {"max_accuracy_drop": 100}, "method": "nearest"}, names=called).report
+    assert searched["sources"]["model"] == "net.onnx"
 
 
 def test_images_of_another_kind_are_refused() -> None:

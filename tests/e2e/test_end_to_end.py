@@ -131,6 +131,8 @@ def test_report_and_checkpoint_are_those_of_the_job(
     assert report["comparison"][0]["accuracy"] == report["accuracy"]["quantized"]
     assert report["protocol"]["name"] == "paper"
     assert report["size"]["checkpoint_bytes"] == job.files["checkpoint"].size
+    files = {"model": MODEL, "calibration": CALIBRATION, "evaluation": EVALUATION}
+    assert report["sources"] == {name: path.name for name, path in files.items()}
     assert report["repeat"]["command"].startswith("aquant quantize MODEL --calibration CALIBRATION --evaluation")
     page = client.report_page(job.id)
     assert f"{100 * report['accuracy']['quantized']['top1']:.2f}" in page

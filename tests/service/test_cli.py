@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_absent_service_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "show", "x", "--url", "http://127.0.0.1:1") == 1
+    assert run(monkeypatch, "show", 24 * "0", "--url", "http://127.0.0.1:1") == 1
     error = capsys.readouterr().err
     assert "http://127.0.0.1:1" in error
     assert "aquant up" in error

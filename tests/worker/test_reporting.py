@@ -60,7 +60,7 @@ def test_files_become_the_jobs(
         report, checkpoint = job.artifact("report"), job.artifact("checkpoint")
     assert report is not None
     assert checkpoint is not None
-    assert json.loads(artifacts.get_bytes(report.key)) == {"loss": None, "warnings": ["a", "b", "few images"]}
+    assert json.loads(artifacts.get_bytes(report.key)) == {"loss": None, "warnings": ["few images", "b", "a"]}
     assert artifacts.get_bytes(checkpoint.key) == b"checkpoint"
     assert (job.state, job.stage) == (JobState.SUCCEEDED, "save")
 
@@ -91,7 +91,7 @@ def test_a_dry_run_has_a_report_alone(
         job = JobRepository(session).get("job")
         report = job.artifact("report")
     assert report is not None
-    assert json.loads(artifacts.get_bytes(report.key)) == {"dry_run": True, "warnings": ["a", "b"]}
+    assert json.loads(artifacts.get_bytes(report.key)) == {"dry_run": True, "warnings": ["b", "a"]}
     assert [artifact.name for artifact in job.artifacts] == ["report"]
     assert (job.state, job.stage) == (JobState.SUCCEEDED, "forecast")
 

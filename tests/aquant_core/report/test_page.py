@@ -83,6 +83,8 @@ def with_everything(report: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     tried = {"layers": {"second": [2, 2]}, "accuracy": 0.9, "drop": 0.75, "interval": [0.1, 1.4], "bytes": 900}
     candidates = [tried | {"mean_weight_bits": 2.5, "held": False}, tried | {"mean_weight_bits": 3.25, "held": True}]
+    report["config"] |= {"target": {"max_accuracy_drop": 0.8}, "compare": []}
+    report["sources"] = {"model": "net.onnx", "calibration": "images.npz", "evaluation": None}
     report["target"] = {
         "max_accuracy_drop": 0.8, "metric": "top1", "n": 1000, "held": True, "drop": 0.75, "interval": [0.1, 1.4],
         "candidates": candidates, "chosen": 1,
@@ -98,16 +100,34 @@ def page(report: dict[str, Any]) -> Page:
 def test_it_says_so_when_no_layer_stands_out(report: dict[str, Any]) -> None:
     report = with_everything(report)
     report["sensitivity"]["layers"][0]["interval"] = [-0.001, 0.021]
+    report["accuracy"]["float"]["top1"] += 0.01
     shown = Page(render(report)).shown
-    assert "No single layer stands out" in shown
+    assert "No single layer stands out : the bits were searched, and the target holds." in shown
     assert "Raise second" not in shown
+    report["target"] = None
+    assert "No single layer stands out : the loss is spread over many." in Page(render(report)).shown
+    report["accuracy"]["float"]["top1"] = report["accuracy"]["quantized"]["top1"]
+    assert "Nothing was lost : on these 1,000 images" in Page(render(report)).shown
+
+
+def test_it_says_which_network_it_is_of_as_far_as_that_is_known(report: dict[str, Any]) -> None:
+    assert "<h1>AQuant, 2-bit" in render(report)  # a module's
+    report["config"]["architecture"] = "resnet18"
+    assert "<h1>resnet18: AQuant, 2-bit" in render(report)
+    report["sources"]["model"] = HOSTILE
+    page = Page(render(report, "Job 1, finished today."))
+    assert page.shown.count(f"{HOSTILE}: AQuant") == 2
+    assert "Job 1, finished today." in page.shown
+    plan = reports.planned() | {"sources": {"model": "net.onnx"}}
+    page = Page(render(plan, "Job 2."))
+    assert "net.onnx: AQuant, 2-bit weights, 2-bit activations: what it would take Job 2." in page.shown
 
 
 def test_it_says_what_the_report_says(page: Page, report: dict[str, Any]) -> None:
     shown = page.shown
     accuracy = report["accuracy"]["quantized"]
     assert f"{100 * accuracy['top1']:.2f} %" in shown
-    assert "AQuant, bits searched by layer" in shown
+    assert shown.count("net.onnx: AQuant, bits searched by layer") == 2  # title and heading
     assert "Held : the drop is 0.75 points" in shown
     assert "Few images." in shown
     assert "+1.23" in shown  # the sensitivity's gain

@@ -190,7 +190,8 @@ def test_onnx_with_an_architecture(submit: Submit) -> None:
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "words"),
     [
-        ("text/plain", b"{}", 415, "not multipart/form-data"),
+        ("text/plain", b"{}", 415, "The content type is 'text/plain', not multipart/form-data"),
+        (None, b"{}", 415, "The content type is missing, not multipart/form-data"),
         ("application/json", b"{}", 400, "model: missing; calibration: missing; config: missing"),
         ("application/json", NAMED_TWICE % (b"", b', "model": null'), 400, "model: Input should be a valid string"),
         ("application/json", NAMED_TWICE % (b"", MODEL), 400, 'names "model" twice'),
@@ -215,8 +216,11 @@ def test_onnx_with_an_architecture(submit: Submit) -> None:
         ),
     ],
 )
-def test_bad_form(web: Client, artifacts: Artifacts, content_type: str, body: bytes, status: int, words: str) -> None:
-    answer = web.post("/jobs", content=body, headers={"content-type": content_type})
+def test_bad_form(
+    web: Client, artifacts: Artifacts, content_type: str | None, body: bytes, status: int, words: str
+) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = web.post("/jobs", content=body, headers=headers)
     assert answer.status_code == status
     assert words in answer.json()["detail"]
     assert stored(artifacts) == []

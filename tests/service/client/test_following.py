@@ -59,6 +59,19 @@ def test_a_job_is_watched_to_its_end(client: Any, proxy: CuttingProxy, sessions:
 
 
 @in_a_folder
+def test_who_waits_is_told_that_others_wait_no_longer(
+    client: Any, sessions: Sessions, add_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing happens to the job itself, so it is told when a request has waited for so long."""
+    monkeypatch.setattr("service.client.exchanges.WAIT_SECONDS", 0.5)
+    first, second = add_job(), add_job()
+    documents = client.watch(second)
+    assert next(documents).queue_position == 1
+    claim(sessions, first)
+    assert next(documents).queue_position == 0
+
+
+@in_a_folder
 def test_watching_ends_in_time(client: Any, add_job: Any) -> None:
     job_id = add_job()
     with pytest.raises(TimeoutError, match=r"still queued after 0\.3 seconds"):
@@ -114,7 +127,7 @@ def test_a_stream_is_read_however_it_is_cut_up(size: int) -> None:
         'event: stage\ndata: {"at": "2026-01-31T12:00:00Z", "attempt": 1, "stage": "\u2028é"}\nid: 7\n\n'
         "event: deleted\ndata: {}\n\nevent: half"
     ).encode()
-    stream = EventStream(Exchanges("http://service"), "x", 0)
+    stream = EventStream(Exchanges("http://service"), "0" * 24, 0)
     stream.call()
     events = [event for at in range(0, len(text), size) for event in stream.feed(text[at : at + size])]
     assert [(event.kind, event.number) for event in events] == [("progress", None), ("stage", 7), ("deleted", None)]

@@ -20,16 +20,19 @@ from service.client import (
     ServiceProblemError,
     ServiceUnreachableError,
 )
+from service.client.exchanges import job_path
+from service.jobs.submission import new_job_id
 
 Connect = Callable[..., Any]
 Outcome = httpx.Response | Exception
 
+ID = "0123456789abcdef01234567"
 JOB = {
-    "id": "x",
+    "id": ID,
     "state": "cancelled",
     "created_at": "2026-01-01T00:00:00Z",
     "config": {"weight_bits": 2, "activation_bits": 2},
-    "links": {"self": "/jobs/x", "events": "/jobs/x/events"},
+    "links": {"self": f"/jobs/{ID}", "events": f"/jobs/{ID}/events"},
 }
 PAGE = {"jobs": [], "next": None}
 
@@ -84,34 +87,34 @@ def test_nobody_waits_for_ever(connect: Connect, slept: list[float]) -> None:
 def test_a_refusal_for_good_is_not_repeated(connect: Connect, slept: list[float]) -> None:
     for status in (409, 422, 500, 503):
         with pytest.raises(ServiceProblemError):
-            Service(refusal(status, None)).reached_by(connect).cancel("x")
+            Service(refusal(status, None)).reached_by(connect).cancel(ID)
     assert slept == []
 
 
 def test_a_broken_connection_is_tried_again_less_and_less_often(connect: Connect, slept: list[float]) -> None:
     lost = [httpx.ReadError("gone"), httpx.Response(502, text="Bad Gateway"), httpx.ConnectError("refused")]
     service = Service(*lost, httpx.Response(202, json=JOB))
-    assert service.reached_by(connect).cancel("x").state == "cancelled"
+    assert service.reached_by(connect).cancel(ID).state == "cancelled"
     assert slept == [0.5, 1, 2]
     never_again = Service(*[httpx.ReadTimeout("silent")] * 99)
     with pytest.raises(ServiceUnreachableError, match="ReadTimeout"):
-        never_again.reached_by(connect).get("x")
+        never_again.reached_by(connect).get(ID)
     assert sum(slept[3:]) <= 60
     assert len(never_again.requests) == len(slept[3:]) + 1
 
 
 def test_where_nobody_was_ever_there_nobody_is_waited_for(connect: Connect, slept: list[float]) -> None:
     with pytest.raises(ServiceUnreachableError, match="aquant up"):
-        Service(httpx.ConnectError("refused")).reached_by(connect).get("x")
+        Service(httpx.ConnectError("refused")).reached_by(connect).get(ID)
     assert slept == []
 
 
 def test_a_job_that_the_first_try_has_deleted_is_deleted(connect: Connect, slept: list[float]) -> None:
     missing = refusal(404, None, "job_not_found")
     for lost in (httpx.ReadError("gone"), httpx.Response(502, text="<html>"), httpx.Response(504)):
-        Service(lost, missing).reached_by(connect).delete("x")
+        Service(lost, missing).reached_by(connect).delete(ID)
     with pytest.raises(ServiceProblemError):
-        Service(missing).reached_by(connect).delete("x")
+        Service(missing).reached_by(connect).delete(ID)
     assert slept == [0.5, 0.5, 0.5]
 
 
@@ -125,40 +128,47 @@ def test_health_is_what_it_is_now(connect: Connect, slept: list[float]) -> None:
 
 def test_other_servers_are_told_from_the_service(connect: Connect, tmp_path: Path) -> None:
     with pytest.raises(ServiceUnreachableError, match="answered 404 without a problem document"):
-        Service(httpx.Response(404, text="<html>")).reached_by(connect).get("x")
-    with pytest.raises(ServiceUnreachableError, match=r"sends on to https://service/jobs/x\. Name the service's own"):
-        Service(httpx.Response(301, headers={"Location": "https://service/jobs/x"})).reached_by(connect).delete("x")
+        Service(httpx.Response(404, text="<html>")).reached_by(connect).get(ID)
+    with pytest.raises(
+        ServiceUnreachableError, match=rf"sends on to https://service/jobs/{ID}\. Name the service's own"
+    ):
+        Service(httpx.Response(301, headers={"Location": f"https://service/jobs/{ID}"})).reached_by(connect).delete(ID)
     elsewhere = httpx.Response(302, headers={"Location": "https://service/login"})
     with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
-        Service(elsewhere).reached_by(connect).download("x", tmp_path / "x")
+        Service(elsewhere).reached_by(connect).download(ID, tmp_path / "x")
     with pytest.raises(ServiceUnreachableError, match="sends on to https://service/login"):
-        list(Service(elsewhere).reached_by(connect).events("x"))
+        list(Service(elsewhere).reached_by(connect).events(ID))
     with pytest.raises(ServiceUnreachableError, match="answered without the file's digest"):
-        Service(httpx.Response(200, text="<html>")).reached_by(connect).download("x", tmp_path / "x")
+        Service(httpx.Response(200, text="<html>")).reached_by(connect).download(ID, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
     for call in ("get", "wait", "report", "cancel", "delete"):
         with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
-            getattr(Service(httpx.Response(200, text="<html>")).reached_by(connect), call)("x")
+            getattr(Service(httpx.Response(200, text="<html>")).reached_by(connect), call)(ID)
     for call in ("list", "health"):
         with pytest.raises(ServiceUnreachableError, match=r"answered with .*; is it an AQuant service"):
             getattr(Service(httpx.Response(200, text="{}")).reached_by(connect), call)()
     with pytest.raises(ServiceUnreachableError, match="a job without its ETag"):
-        Service(httpx.Response(200, json=JOB)).reached_by(connect).wait("x")
+        Service(httpx.Response(200, json=JOB)).reached_by(connect).wait(ID)
 
 
-def test_an_id_is_one_part_of_the_path_whatever_it_holds(connect: Connect, tmp_path: Path) -> None:
-    service = Service(httpx.Response(202, json=JOB))
-    service.reached_by(connect).cancel("../uploads/x?y#z")
-    assert service.requests[0].url.raw_path == b"/jobs/..%2Fuploads%2Fx%3Fy%23z/cancel"
-    for folder in (".", ".."):
-        for call in ("get", "wait", "report", "report_page", "cancel", "delete"):
-            with pytest.raises(JobIdMalformedError, match=r"'\.+' is no id of a job\. `aquant submit` prints it"):
-                getattr(service.reached_by(connect), call)(folder)
+@pytest.mark.parametrize(
+    "said", ["", ".", "..", "x", "../health/ready", "x?y#z", ID.upper(), ID[1:], ID + "0", ID + "\n", f" {ID}"]
+)
+def test_an_id_that_is_none_is_not_asked_for(connect: Connect, tmp_path: Path, said: str) -> None:
+    service = Service()
+    for call in ("get", "wait", "report", "report_page", "cancel", "delete"):
+        with pytest.raises(JobIdMalformedError, match=r"is no id of a job, which has 24 .* `aquant submit` prints it"):
+            getattr(service.reached_by(connect), call)(said)
+    for follow in ("watch", "events"):
         with pytest.raises(JobIdMalformedError):
-            service.reached_by(connect).download(folder, tmp_path / "x")
-        with pytest.raises(JobIdMalformedError):
-            list(service.reached_by(connect).events(folder))
-    assert len(service.requests) == 1
+            list(getattr(service.reached_by(connect), follow)(said))
+    with pytest.raises(JobIdMalformedError):
+        service.reached_by(connect).download(said, tmp_path / "x")
+    assert service.requests == []
+
+
+def test_ids_of_jobs_are_none_of_those() -> None:
+    assert job_path(new_job_id(), "/cancel").endswith("/cancel")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://service", "http://", "http://[::1", "", "http://a:b"])

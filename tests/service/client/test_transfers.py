@@ -111,6 +111,15 @@ def test_a_job_is_made_once_though_the_answer_got_lost(
     assert {name: file.filename for name, file in job.files.items()} == names
 
 
+def test_paths_may_be_strings(client: Any, files: dict[str, Path], succeeded: Finished, tmp_path: Path) -> None:
+    model, calibration = map(str, files.values())
+    job = client.submit(model, calibration, BITS, calibration)
+    assert job.files["model"].filename == "net.onnx"
+    assert client.upload(model) == job.files["model"].sha256
+    assert client.download(succeeded(checkpoint=DATA), str(tmp_path / "q")) == SHA256
+    assert (tmp_path / "q").read_bytes() == DATA
+
+
 def test_an_idempotency_key_of_one_s_own_names_the_job(client: Any, files: dict[str, Path]) -> None:
     first = client.submit(*files.values(), BITS, idempotency_key="nightly")
     assert client.submit(*files.values(), BITS, idempotency_key="nightly").id == first.id

@@ -16,13 +16,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from job_rows import MINUTE, finish
+from job_rows import MINUTE, finish, stored
+from old_reports import old_report
 from servers import PAIRS
 from sqlalchemy.orm import Session, sessionmaker
 
+from aquant_core.report.summary import ending, summary
 from service import cli
+from service.artifacts import Artifacts
 from service.client import Client
-from service.commands.progress import describe, share_done
+from service.commands.progress import describe, job_display, share_done
 from service.jobs.keys import KeyRepository
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import JobDocument, Problem
@@ -95,20 +98,54 @@ def test_a_target_is_an_option(aquant: Aquant, given: tuple[object, ...]) -> Non
 
 
 @in_a_folder
-def test_a_job_s_end_is_the_exit_code(aquant: Aquant, sessions: Sessions, add_job: Callable[[], str]) -> None:
+def test_a_job_s_end_is_the_exit_code(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
     waits, fails, stops, works = (add_job() for _ in range(4))
     fail(sessions, fails)
     assert aquant("cancel", stops).out == "cancelled\n"
-    finish(sessions, works)
+    report = {"report": json.dumps(old_report()).encode()}
+    finish(sessions, works, results=stored(artifacts, works, report))
     ends = {job_id: aquant("watch", job_id, "--timeout", "0.2") for job_id in (works, fails, stops, waits)}
     assert [end.code for end in ends.values()] == [0, 3, 4, 5]
     assert [end.out for end in ends.values()] == [""] * 4
     assert "It is gone. Try again." in ends[fails].err
     assert f"aquant watch {waits}" in ends[waits].err
-    assert ends[works].err == f"{works} succeeded\n"
+    assert ends[works].err.splitlines() == [f"{works} succeeded", *ending(old_report())]
     told = aquant("watch", fails, "--json")
     assert told.document["error"]["code"] == "worker_lost"
     assert told.err == "It is gone. Try again.\n"
+
+
+@in_a_folder
+def test_a_result_that_cannot_be_told_is_no_failure(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
+    gone, later = add_job(), add_job()
+    finish(sessions, gone)
+    finish(sessions, later, results=stored(artifacts, later, {"report": b'{"format": "aquant-report/9"}'}))
+    told = aquant("watch", gone)
+    assert (told.code, "has no report" in told.err) == (0, True)
+    told = aquant("watch", later)
+    assert (told.code, f"`aquant report {later} --json` prints it" in told.err) == (0, True)
+
+
+@in_a_folder
+def test_a_report_is_for_eyes_a_browser_or_programs(
+    aquant: Aquant, sessions: Sessions, artifacts: Artifacts, add_job: Callable[[], str]
+) -> None:
+    job_id, later = add_job(), add_job()
+    finish(sessions, job_id, results=stored(artifacts, job_id, {"report": json.dumps(old_report()).encode()}))
+    shown = aquant("report", job_id)
+    assert (shown.code, shown.out.splitlines(), shown.err) == (0, summary(old_report()), "")
+    assert aquant("report", job_id, "--json").document == old_report()
+    assert aquant("report", job_id, "--html").out.startswith("<!DOCTYPE html>")
+    assert aquant("report", job_id, "--html", "--json").code == 2
+    finish(sessions, later, results=stored(artifacts, later, {"report": b'{"format": "aquant-report/9"}'}))
+    unknown = aquant("report", later)
+    assert (unknown.code, unknown.out) == (1, "")
+    assert "--json` prints it" in unknown.err
+    assert aquant("report", later, "--json").document == {"format": "aquant-report/9"}
 
 
 @in_a_folder
@@ -146,14 +183,23 @@ def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: by
     for name, config in (
         ("net.onnx", {"target": {"max_accuracy_drop": 0.5}, "preset": "paper"}),
         ("m", {"weight_bits": 4, "activation_bits": 8, "method": "nearest", "dry_run": True}),
+        ("n", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4, "activation_bits": 6}}}),
+        ("o", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}}}),
+        ("p", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}, "conv": {}}}),
     ):
         parts = {"config": (None, json.dumps(config)), "model": (name, onnx_model), "calibration": ("c", images)}
         assert web.post("/jobs", files=parts).status_code == 202
-    second, first = (line.split(" queued ")[1].strip() for line in aquant("list").out.splitlines())
-    assert first == "aquant target 0.5 from W2A2 paper  net.onnx"
-    assert second == "nearest W4A8 fast (dry run)        m"
+    lines = [line.split(" queued ")[1].strip() for line in reversed(aquant("list").out.splitlines())]
+    assert lines == [
+        "aquant target 0.5 from W2A2 paper      net.onnx",
+        "nearest W4A8 fast (dry run)            m",
+        "aquant W2A2 (fc W4A6) fast             n",
+        "aquant W2A2 (fc W4) fast               o",
+        "aquant W2A2 (2 layers otherwise) fast  p",
+    ]
     shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
-    assert "network     m\n" in shown
+    assert "network     p\n" in shown
+    assert "config      aquant W2A2 (2 layers otherwise) fast, seed 0\n" in shown
 
 
 @in_a_folder
@@ -245,6 +291,26 @@ def test_progress_is_told_in_a_line(aquant: Aquant, add_job: Callable[[], str], 
     assert describe(job).endswith("running reconstruct block 2 of 4, 50/100 loss 0.25 7 s left")
     assert share_done(job) == 0.375
     assert aquant("list").err == ""
+
+
+@in_a_folder
+def test_a_log_has_a_line_for_each_step_and_each_place_in_the_queue(
+    add_job: Callable[[], str], web: httpx.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = web.get(f"/jobs/{add_job()}").json() | {"workers": 1}
+    counting = [{"iteration": iteration, "iterations": 3} for iteration in range(3)]
+    with job_display() as display:
+        for changes in (
+            *({"queue_position": place} for place in (11, 11, 2, 0)),
+            {"workers": 0},
+            *({"state": "running", "stage": "sensitivity", "progress": progress} for progress in counting),
+        ):
+            display.show(JobDocument.model_validate(document | changes))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2].strip() for line in lines] == [
+        "queued (11 ahead)", "queued (2 ahead)", "queued", "queued (no worker is there to take it)",
+        "running sensitivity",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
