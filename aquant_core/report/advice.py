@@ -10,13 +10,16 @@ from aquant_core.report.schema import Report, SensitiveLayer
 MEASURES = {"top1": "top-1", "agreement": "agreement with the float network"}
 """What a metric is called in a sentence."""
 
+MOST_OF_THE_ERROR = 1 / 3
+"""A layer with this share of it stands out, whether or not the gain can be told from chance."""
+
 
 @dataclass(frozen=True)
 class Advice:
     """What to do about accuracy.
 
     Attributes:
-        headline, words: the advice, and why.
+        headline, words: the advice, and why, or what else there is to say of it.
         layer: the one to raise first, if one stands out.
         layers: the configuration's ``layers`` with that one raised.
     """
@@ -38,9 +41,7 @@ def advice_of(report: Report) -> Advice | None:
         )
     first = report.sensitivity.layers[0]
     if first.interval[0] > 0:
-        raised = {"weight_bits": first.raised_bits[0], "activation_bits": first.raised_bits[1]}
-        kept = {name: bits.model_dump(exclude_none=True) for name, bits in report.config.layers.items()}
-        return Advice(f"Raise {first.layer} first", "", first, {**kept, first.layer: raised})
+        return _raise(first, report, [])
     measure, images = MEASURES[report.sensitivity.metric], f"{report.sensitivity.n:,}"
     if _nothing_lost(report):
         return Advice(
@@ -49,6 +50,9 @@ def advice_of(report: Report) -> Advice | None:
             if report.sensitivity.metric == "top1"
             else f"on these {images} images it decides as the float network does, so that no layer needs more bits.",
         )
+    if (first.error_share or 0.0) >= MOST_OF_THE_ERROR:
+        unsure = f"{first.error_share:.0%} of the error is its own, but what that costs is within what chance does"
+        return _raise(first, report, [unsure])
     if report.target is None:
         return Advice(
             "No single layer stands out",
@@ -63,6 +67,22 @@ def advice_of(report: Report) -> Advice | None:
         "No single layer stands out",
         "the bits were searched, and no network tried holds the target. Allow a larger drop, or more iterations.",
     )
+
+
+def _raise(first: SensitiveLayer, report: Report, words: list[str]) -> Advice:
+    """With the rest as it was: what was searched for a target is given in its place."""
+    if report.target is None:
+        widths = {name: bits.model_dump(exclude_none=True) for name, bits in report.config.layers.items()}
+    else:
+        found = report.target.candidates[report.target.chosen].layers
+        widths = {name: _override(bits) for name, bits in found.items()}
+        words = [*words, "the other layers are those found for the target, which is to be left out"]
+    layers = {**widths, first.layer: _override(first.raised_bits)}
+    return Advice(f"Raise {first.layer} first", "; ".join(words), first, layers)
+
+
+def _override(bits: list[int]) -> dict[str, int]:
+    return {"weight_bits": bits[0], "activation_bits": bits[1]}
 
 
 def _nothing_lost(report: Report) -> bool:

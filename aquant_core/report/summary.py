@@ -151,7 +151,8 @@ def _said(advice: Advice) -> str:
         return f"{advice.headline}: {advice.words}"
     gain = f"{_points(advice.layer.gain)} points (95 %: {_signed_interval(advice.layer.interval)})"
     option = shlex.join(["--config", json.dumps({"layers": advice.layers})])
-    return f"{advice.headline}, about {gain}: run it again with {option}"
+    words = f" ({advice.words})" if advice.words else ""
+    return f"{advice.headline}, about {gain}{words}: run it again with {option}"
 
 
 def _planned(plan: Plan) -> Iterator[str]:

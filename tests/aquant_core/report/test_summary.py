@@ -24,7 +24,7 @@ LAYER = {
 }  # fmt: skip
 TARGET = {
     "max_accuracy_drop": 0.8, "metric": "top1", "n": 1000, "held": True, "drop": 0.75, "interval": [0.1, 1.4],
-    "candidates": [{"layers": {}, "accuracy": 0.9, "drop": 0.75, "interval": [0.1, 1.4], "bytes": 900,
+    "candidates": [{"layers": {"first": [3, 2]}, "accuracy": 0.9, "drop": 0.75, "interval": [0.1, 1.4], "bytes": 900,
                     "mean_weight_bits": 2.5, "held": True}], "chosen": 0,
 }  # fmt: skip
 
@@ -83,6 +83,8 @@ def test_a_target_is_told(lossy: dict[str, Any]) -> None:
     ("changes", "headline", "words"),
     [
         ({}, "Raise second first", ""),
+        ({"target": TARGET}, "Raise second first", "the other layers are those found for the target"),
+        ({"chance": True, "share": 0.4}, "Raise second first", "40% of the error is its own"),
         ({"chance": True}, "No single layer stands out", "More bits for all of them, or a target"),
         ({"chance": True, "target": TARGET}, "No single layer stands out", "the target holds. Where less may be lost"),
         ({"chance": True, "target": TARGET | {"held": False}}, "No single layer stands out", "Allow a larger drop"),
@@ -101,7 +103,8 @@ def test_advice_is_true_of_the_report(
     lossy["scales"]["differ"] = changes.get("differ", False)
     lossy["sensitivity"]["metric"] = changes.get("metric", "top1")
     if "chance" in changes:
-        lossy["sensitivity"]["layers"] = [LAYER | {"interval": [-0.001, 0.02]}]
+        share = changes.get("share", 0.3)
+        lossy["sensitivity"]["layers"] = [LAYER | {"interval": [-0.001, 0.02], "error_share": share}]
     if not changes.get("lost", True):
         lossy["accuracy"]["float"]["top1"] = lossy["accuracy"]["quantized"]["top1"]
         lossy["fidelity"]["quantized"]["agreement"] = 1.0
@@ -110,6 +113,9 @@ def test_advice_is_true_of_the_report(
     assert advice.headline == headline
     assert words in advice.words
     assert (advice.layer is None) == (headline != "Raise second first")
+    if advice.layers is not None:
+        kept = {"first": {"weight_bits": 3, "activation_bits": 2}} if "target" in changes else {}
+        assert advice.layers == {**kept, "second": {"weight_bits": 4, "activation_bits": 6}}
 
 
 def test_none_where_nothing_was_measured(report: dict[str, Any]) -> None:
