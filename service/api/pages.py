@@ -6,6 +6,7 @@ functions; only who asks is found out otherwise, and the answer is a page.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Annotated, TypeVar, get_args
 from urllib.parse import urlencode
@@ -95,14 +96,24 @@ def index(
         devices=get_args(Device),
         workers=workers,
         progress=progress,
+        once=_once(),
         unfinished=any(not job.finished for job in listed),
     )
 
 
 @router.post("/page/jobs")
-async def submit(request: Request, parts: PartsDep, visitor: VisitorDep) -> Response:
-    """Queue what the form says, and go to where it can be followed."""
-    submitted = await take_in(request, parts, visitor, PageFields(parts.settings))
+async def submit(
+    request: Request,
+    parts: PartsDep,
+    visitor: VisitorDep,
+    once: Annotated[str | None, Query(min_length=1, max_length=64)] = None,
+) -> Response:
+    """Queue what the form says, and go to where it can be followed.
+
+    ``once`` names the form as it was shown: sent twice, by a browser that got no answer or by somebody who saw none,
+    it makes one job. It stands in the form's address because it is needed before the fields are read.
+    """
+    submitted = await take_in(request, parts, visitor, PageFields(parts.settings), once)
     return RedirectResponse(_address(submitted.job_id), 303)
 
 
@@ -129,6 +140,7 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         hurting=[] if report is None or report.sensitivity is None else report.sensitivity.layers[:MOST_HURTING],
         draft=form.again(job),
         planned=form.planned(job.config),
+        once=_once(),
         others=others,
     )
 
@@ -240,6 +252,11 @@ def _draft(parts: Parts, visitor: Owner, job_id: str, layer: str | None) -> Draf
             "Open the job and choose one of its layers, or name it under layers in the further settings.",
         )
     return form.again(job, raised)
+
+
+def _once() -> str:
+    """What a form is called, this time that it is shown."""
+    return secrets.token_urlsafe(16)
 
 
 def _address(job_id: str) -> str:

@@ -74,6 +74,7 @@ class Submission:
         reuse: whether a job that did the same work will do as well.
         webhook: whom to tell of the end.
         idempotency_key: what the submitter calls this request, to send it again without having it done again.
+        is_form: whether the key names a form, which may have been changed when it is sent again.
     """
 
     job_id: str
@@ -86,6 +87,7 @@ class Submission:
     reuse: bool = False
     webhook: WebhookRequest | None = None
     idempotency_key: str | None = None
+    is_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class Submitter:
         key, asked = submission.idempotency_key, _digest_of_request(submission, job)
         with self._sessions.begin() as session:
             keys = IdempotencyKeys(session, self._settings, submission.owner)
+            if key is not None and submission.is_form:
+                key = keys.of_form(key, asked)
             if key is not None and (known := keys.job_of(key, asked)) is not None:
                 return Submitted(known, "replayed")
             repository = JobRepository(session).of(submission.owner)

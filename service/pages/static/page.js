@@ -108,6 +108,10 @@ function over(form, event) {
   if (event.type === "dragover") (event.target.closest?.("[data-drop]") ?? form).classList.add("over");
 }
 
+const LOST =
+  "The connection was lost, and whether the job was taken in is not known. Send the form again: as long as nothing in it " +
+  "is changed, it makes one job, however often it is sent.";
+
 function send(form, event) {
   event.preventDefault();
   const [buttons, bar, words] = [form.querySelectorAll("button"), form.querySelector("#sent"), form.querySelector("#sending")];
@@ -144,7 +148,7 @@ function send(form, event) {
     refused.replaceChildren(document.importNode(problem, true));
     refused.scrollIntoView({ block: "nearest" });
   });
-  request.addEventListener("error", () => end("The connection was lost; nothing was submitted. Try again."));
+  request.addEventListener("error", () => end(LOST));
   request.open("POST", form.action);
   request.responseType = "document";
   request.send(said);

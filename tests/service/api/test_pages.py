@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +24,8 @@ from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
 from service.jobs.states import JobState
+from service.main import create_app
+from service.settings import Settings
 
 pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
 
@@ -214,7 +217,7 @@ def test_what_uploads_say_stays_text(web: Client, page_jobs: PageJobs) -> None:
         assert EVIL in Outline(web.get(f"/page/jobs/{job_id}").text).words
 
 
-def submit(web: Client, onnx_model: bytes, images: bytes, **fields: Any) -> Response:
+def submit(web: Client, onnx_model: bytes, images: bytes, to: str = "/page/jobs", **fields: Any) -> Response:
     """As a browser does: every field is there, and so is a file that was not chosen."""
     parts: dict[str, Any] = {
         "weight_bits": "2", "activation_bits": "4", "method": "qdrop", "preset": "smoke", "device": "",
@@ -229,7 +232,7 @@ def submit(web: Client, onnx_model: bytes, images: bytes, **fields: Any) -> Resp
         named = "" if filename is None else f'; filename="{filename}"'
         body += f'--b\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content + b"\r\n"
     headers = OWN | {"Content-Type": "multipart/form-data; boundary=b"}
-    return web.post("/page/jobs", content=body + b"--b--\r\n", headers=headers)
+    return web.post(to, content=body + b"--b--\r\n", headers=headers)
 
 
 def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes) -> None:
@@ -273,6 +276,55 @@ def test_what_is_wrong_with_a_form_is_said_in_words(
     assert "What to do." in outline.words
     assert any(address.startswith("/errors#") for address in outline.addresses)
     assert web.get("/jobs").json()["jobs"] == []
+
+
+def form_of(page: str) -> str:
+    """Where the form of a submission leads."""
+    (address,) = (found for found in Outline(page).addresses if found.startswith("/page/jobs?"))
+    return address
+
+
+def test_the_same_form_twice_is_one_job_and_a_changed_one_another(
+    web: Client, onnx_model: bytes, images: bytes
+) -> None:
+    """So a browser that got no answer may send it again, and who goes back to it may change it."""
+    form = form_of(web.get("/").text)
+    assert form != form_of(web.get("/").text)
+
+    def sent(**fields: Any) -> str:
+        answer = submit(web, onnx_model, images, form, **fields)
+        assert answer.status_code == 303, answer.text
+        return str(answer.headers["location"])
+
+    first, changed, forecast = sent(), sent(weight_bits="3"), sent(dry_run="true")
+    assert [sent(), sent(weight_bits="3"), sent(dry_run="true")] == [first, changed, forecast]
+    assert len(web.get("/jobs").json()["jobs"]) == 3
+    assert submit(web, onnx_model, images, form_of(web.get("/").text)).headers["location"] != first
+    # Of one that was deleted the form makes a new one, and that once.
+    for _ in range(2):
+        gone = sent()
+        web.post(f"{gone}/cancel", headers=OWN)
+        web.post(f"{gone}/delete", headers=OWN)
+        assert sent() == sent() != gone
+    assert sent(weight_bits="3") == changed
+    assert len(web.get("/jobs").json()["jobs"]) == 4
+
+
+def test_a_form_that_was_refused_may_be_sent_mended(web: Client, onnx_model: bytes, images: bytes) -> None:
+    form = form_of(web.get("/").text)
+    assert submit(web, onnx_model, images, form, config="{").status_code == 422
+    assert submit(web, onnx_model, images, form).status_code == 303
+
+
+def test_a_form_sent_again_is_answered_where_there_is_no_room_for_another(
+    settings: Settings, serve: Callable[[FastAPI], AbstractContextManager[Client]], onnx_model: bytes, images: bytes
+) -> None:
+    with serve(create_app(settings.model_copy(update={"max_jobs_queued": 1}))) as web:
+        form = form_of(web.get("/").text)
+        first = submit(web, onnx_model, images, form).headers["location"]
+        assert submit(web, onnx_model, images, form).headers["location"] == first
+        assert submit(web, onnx_model, images, form, weight_bits="3").status_code == 429
+        assert submit(web, onnx_model, images, form_of(web.get("/").text)).status_code == 429
 
 
 def test_an_error_of_ours_is_a_page_too(
@@ -493,8 +545,9 @@ def test_what_was_forecast_is_started_from_its_page(
     assert 'id="start"' in page
     fields = {name: (None, html.unescape(value)) for name, value in hidden(page).items()}
     assert fields.keys() == {"model", "calibration", "config"}
-    answer = web.post("/page/jobs", files=fields, headers=OWN)
+    answer, again = (web.post(form_of(page), files=fields, headers=OWN) for _ in range(2))
     assert answer.status_code == 303
+    assert again.headers["location"] == answer.headers["location"]
     planned, started = (web.get(at.removeprefix("/page")).json() for at in (address, answer.headers["location"]))
     assert planned["config"]["dry_run"]
     assert started["config"] == planned["config"] | {"dry_run": False}

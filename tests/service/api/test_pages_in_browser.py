@@ -6,14 +6,16 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import reports
 from browser import Watched
+from cutting_proxy import Cut, cutting_proxy
 from httpx import Client
 from old_reports import old_report
 from page_jobs import CONFIG, PageJobs
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Error, expect
 
 from service.jobs.repository import JobRepository
 from service.jobs.states import JobState
@@ -29,10 +31,11 @@ def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
     """Opens an address; nothing may go wrong in any page of it until the test ends."""
     opened: list[Watched] = []
 
-    def go(path: str = "/", expected: tuple[str, ...] = (), **options: object) -> Watched:
-        context = chromium.new_context(base_url=str(web.base_url), reduced_motion="reduce", **options)  # type: ignore[arg-type]
+    def go(path: str = "/", expected: tuple[str, ...] = (), at: str = "", **options: object) -> Watched:
+        base = at or str(web.base_url)
+        context = chromium.new_context(base_url=base, reduced_motion="reduce", **options)  # type: ignore[arg-type]
         context.set_default_timeout(20_000)
-        watched = Watched(context.new_page(), f"{web.base_url.host}:{web.base_url.port}", expected=expected)
+        watched = Watched(context.new_page(), urlsplit(base).netloc, expected=expected)
         opened.append(watched)
         watched.page.goto(path)
         return watched
@@ -176,6 +179,33 @@ def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, fi
     page.locator("#config").fill("")
     page.get_by_role("button", name="Quantize").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_form_whose_answer_was_lost_is_sent_again_for_the_same_job(
+    open_page: Open, web: Client, files: dict[str, Path], scripts: bool
+) -> None:
+    with cutting_proxy(web.base_url.port or 0) as proxy:
+        page = open_page("/", ("ERR_",), proxy.url, java_script_enabled=scripts).page
+        for name, path in files.items():
+            page.locator(f"#{name}").set_input_files(path)
+        # A browser tries again by itself, on each of the connections that it has already.
+        proxy.cuts += [Cut("down", b"POST /page/jobs")] * 20
+        page.get_by_role("button", name="Quantize").click(no_wait_after=True)
+        if scripts:
+            expect(page.locator("#sending")).to_contain_text("whether the job was taken in is not known")
+        else:
+            with pytest.raises(Error, match="ERR_CONNECTION_RESET"):
+                page.wait_for_url("**/page/jobs/*")
+        proxy.cuts.clear()
+        assert len(web.get("/jobs").json()["jobs"]) == 1
+        if scripts:
+            page.get_by_role("button", name="Quantize").click()
+        else:
+            page.reload()  # as its button does, with the form in it
+        expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
+        page.context.close()  # before the proxy, which waits for its connections
+    assert len(web.get("/jobs").json()["jobs"]) == 1
 
 
 @pytest.mark.parametrize("scripts", [True, False])
