@@ -271,6 +271,31 @@ def test_a_page_follows_its_job(open_page: Open, page_jobs: PageJobs, stream: bo
     expect(page).to_have_title(re.compile("residual.onnx: Stopping"))
 
 
+@pytest.mark.parametrize("status", [None, 502])
+@pytest.mark.parametrize("of_a_job", [True, False])
+def test_a_page_says_that_the_service_is_gone_and_that_it_is_back(
+    open_page: Open, page_jobs: PageJobs, of_a_job: bool, status: int | None
+) -> None:
+    job_id = page_jobs.running(100)
+    path = f"/page/jobs/{job_id}" if of_a_job else "/"
+    page = open_page(path, expected=("ERR_FAILED", "502")).page
+    line, said = page.locator("#away"), page.get_by_role("status")
+    expect(line).to_be_hidden()
+    page.route("**", lambda route: route.abort() if status is None else route.fulfill(status=status))
+    page_jobs.go_on(job_id, 200)
+    what = "does not answer" if status is None else "answers with status 502"
+    words = re.compile(rf"^The service {what}; what is shown is of \d\d:\d\d UTC. Trying again.$")
+    expect(line).to_have_text(words, timeout=15_000)
+    expect(line).to_be_in_viewport()
+    expect(said).to_have_text(words)
+    expect(page.locator("#standing" if of_a_job else "#list")).not_to_contain_text("200 of 300")
+    page.unroute("**")
+    expect(line).to_be_hidden()
+    expect(said).to_have_text("The service answers again.")
+    if of_a_job:
+        expect(page.locator("#standing")).to_contain_text("iteration 200 of 300")
+
+
 def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, page_jobs: PageJobs) -> None:
     done = page_jobs.succeeded(old_report())
     running = page_jobs.running(100)
