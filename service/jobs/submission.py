@@ -126,6 +126,7 @@ class Submitter:
         webhook = (
             None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_networks)
         )
+        earlier_job = references.jobs.get("model")
         submission = self._with_earlier(submission)
         with self._sessions.begin() as session:
             taken = _take(self._uploads(session, submission), submission.references.uploads)
@@ -140,6 +141,7 @@ class Submitter:
             origin={
                 "request_id": what_about().get("request_id"),
                 "filenames": dict(submission.filenames),
+                "earlier_job": earlier_job,
                 **carrier(),
             },
             fingerprint=_fingerprint(config, submission.device, files),

@@ -19,6 +19,7 @@ from old_reports import old_report
 from outline import Outline
 from page_jobs import CONFIG, PageJobs
 
+from aquant_core.report.formats import points
 from service.api import pages, sign_in
 from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
@@ -531,6 +532,75 @@ def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) 
     unranked = page_jobs.succeeded(reports.run(sensitivity=False), config=CONFIG)
     assert "&layer=" not in "".join(Outline(web.get(f"/page/jobs/{unranked}").text).addresses)
     assert web.get(f"/?again={unranked}&layer=fc").status_code == 400
+
+
+def run_again(web: Client, page_jobs: PageJobs, job_id: str, layer: str, report: dict[str, Any]) -> str:
+    """Raises a layer of a job by its page, and ends the new one with this report."""
+    page = web.get(f"/?again={job_id}&layer={layer}").text
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    fields = {**hidden(page), **chosen(page), "config": html.unescape(further)}
+    answer = web.post(form_of(page), files={name: (None, value) for name, value in fields.items()}, headers=OWN)
+    assert answer.status_code == 303, answer.text
+    raised = str(answer.headers["location"].rpartition("/")[2])
+    return page_jobs.end(raised, JobState.SUCCEEDED, files={"report": json.dumps(report).encode()})
+
+
+def options(page: str) -> list[tuple[str, bool, str]]:
+    """What a job may be compared with: its id, whether it is chosen, and the words."""
+    (select,) = re.findall(r'<select id="other"[^>]*>(.*?)</select>', page, re.DOTALL)
+    found = re.findall(r'<option value="(\w+)"( selected)?>(.*?)</option>', select)
+    return [(value, bool(selected), html.unescape(words)) for value, selected, words in found]
+
+
+def test_what_was_raised_is_compared_with_what_it_came_of(
+    web: Client, page_jobs: PageJobs, onnx_model: bytes, images: bytes
+) -> None:
+    """Named so that the two can be told apart, in their order, and what was said of the gain beside it."""
+    report = reports.run()
+    worst = report["sensitivity"]["layers"][0]
+    raised_bits = dict(zip(("weight_bits", "activation_bits"), worst["raised_bits"], strict=True))
+    after = reports.run(layers={worst["layer"]: raised_bits})
+    first = submit(web, onnx_model, images, activation_bits="2", method="aquant", preset="fast")
+    job_id = first.headers["location"].rpartition("/")[2]
+    page_jobs.end(job_id, JobState.SUCCEEDED, files={"report": json.dumps(report).encode()})
+    raised = run_again(web, page_jobs, job_id, worst["layer"], after)
+    others = [page_jobs.succeeded(old_report()) for _ in range(2)]
+    title = f"AQuant, W2A2, {worst['layer']} at {'/'.join(map(str, worst['raised_bits']))}"
+    page = web.get(f"/page/jobs/{raised}").text
+    assert title in Outline(page).words
+    found = options(page)
+    assert [job for job, selected, _ in found if selected] == [job_id]
+    assert {job for job, _, _ in found} == {job_id, *others}
+    top1 = f"{100 * report['accuracy']['quantized']['top1']:.2f}"
+    created = web.get(f"/jobs/{job_id}").json()["created_at"][:16].replace("T", " ")
+    (words,) = (words for job, _, words in found if job == job_id)
+    assert words == f"net.onnx, AQuant, W2A2, fast, top-1 {top1}\N{NO-BREAK SPACE}%, {created} UTC, {job_id[:8]}"
+    answer = web.get("/page/compare", params={"job": [raised, job_id]})
+    compared = re.sub(r"\s+", " ", Outline(answer.text).words)
+    assert f"net.onnx AQuant, W2A2 and {title}" in compared  # the older is A, however they were ticked
+    gained = after["accuracy"]["quantized"]["top1"] - report["accuracy"]["quantized"]["top1"]
+    low, high = worst["interval"]
+    said = (
+        f"The report of A said {points(worst['gain'])} ({points(low)} to {points(high)}); gained were {points(gained)}."
+    )
+    assert said in compared
+
+
+def test_a_job_is_again_what_was_run_before_its_forecast(web: Client, page_jobs: PageJobs) -> None:
+    """Also one that is not among the newest any more; of one that is gone nothing is chosen."""
+    first = page_jobs.succeeded(old_report())
+    planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED)
+    last = page_jobs.succeeded(old_report())
+    with page_jobs.sessions.begin() as session:
+        for job_id, earlier in ((planned, first), (last, planned)):
+            job = session.get_one(JobRecord, job_id)
+            job.origin = {**(job.origin or {}), "earlier_job": earlier}
+    for _ in range(pages.ON_A_PAGE):
+        page_jobs.succeeded(old_report())
+    chosen_jobs = [job for job, selected, _ in options(web.get(f"/page/jobs/{last}").text) if selected]
+    assert chosen_jobs == [first]
+    web.delete(f"/jobs/{first}").raise_for_status()
+    assert not any(selected for _, selected, _ in options(web.get(f"/page/jobs/{last}").text))
 
 
 def test_what_was_forecast_is_started_from_its_page(
