@@ -256,7 +256,7 @@ def _draft(parts: Parts, visitor: Owner, job_id: str, layer: str | None) -> Draf
             f"The report of job {job_id} does not say what raising a layer {layer!r} would gain.",
             "Open the job and choose one of its layers, or name it under layers in the further settings.",
         )
-    return form.again(job, raised)
+    return form.again(job, raised, None if report is None else report.target)
 
 
 def _once() -> str:

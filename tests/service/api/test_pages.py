@@ -534,6 +534,28 @@ def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) 
     assert web.get(f"/?again={unranked}&layer=fc").status_code == 400
 
 
+def test_of_a_target_the_widths_found_are_given_with_a_layer_raised(web: Client, page_jobs: PageJobs) -> None:
+    """What raising it would gain was said of these; with the target the whole search would run again."""
+    wanted = {"target": {"max_accuracy_drop": 100.0}}
+    report = reports.run(**wanted)
+    worst = report["sensitivity"]["layers"][0]
+    config = {"preset": "fast", "seed": 3, "layers": {"fc": {"weight_bits": 4}}, **wanted}
+    job_id = page_jobs.succeeded(report, config=config)
+    words = re.sub(r"\s+", " ", Outline(web.get(f"/page/jobs/{job_id}").text).words)
+    drop = f"{report['target']['drop']:.2f}".replace("-", "\N{MINUS SIGN}")
+    assert f"TargetHelda drop of {drop} points of top-1, at most 100 wanted" in words
+    page = web.get(f"/?again={job_id}&layer={worst['layer']}").text
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    found = report["target"]["candidates"][report["target"]["chosen"]]["layers"]
+    expected = {
+        name: dict(zip(("weight_bits", "activation_bits"), widths, strict=True)) for name, widths in found.items()
+    }
+    expected[worst["layer"]] = dict(zip(("weight_bits", "activation_bits"), worst["raised_bits"], strict=True))
+    assert json.loads(html.unescape(further)) == {"seed": 3, "layers": expected}
+    again = web.get(f"/?again={job_id}").text
+    assert "max_accuracy_drop" in again  # as it was asked for
+
+
 def run_again(web: Client, page_jobs: PageJobs, job_id: str, layer: str, report: dict[str, Any]) -> str:
     """Raises a layer of a job by its page, and ends the new one with this report."""
     page = web.get(f"/?again={job_id}&layer={layer}").text

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from aquant_core.progress import Stage
+from aquant_core.report.schema import Target
 from service.jobs.schemas import JobDocument
 from service.pages.progress import STAGES, Happened, blocks_of, facts_of, in_short, settings_of, stages_of, waiting_for
 
@@ -78,6 +79,21 @@ def test_the_facts_of_a_job_go_with_its_state() -> None:
     ended = job(state="succeeded", stage="save", attempt=2, finished_at=AT.replace(minute=3))
     assert facts_of(ended) == [("Took", "3.0\N{NO-BREAK SPACE}min", "in 2 attempts")]
     assert [name for name, _, _ in facts_of(job(state="queued", stage=None, progress={}))] == ["Waits"]
+
+
+@pytest.mark.parametrize(
+    ("held", "metric", "remark"),
+    [
+        (True, "top1", "a drop of 0.25 points of top-1, at most 0.5 wanted"),
+        (False, "agreement", "a drop of 0.25 points of agreement, at most 0.5 wanted"),
+    ],
+)
+def test_whether_a_target_was_held_is_a_fact(held: bool, metric: str, remark: str) -> None:
+    target = Target(
+        max_accuracy_drop=0.5, metric=metric, n=10, held=held, drop=0.25, interval=[0.0, 0.5], candidates=[], chosen=0
+    )
+    ended = job(state="succeeded", stage="save", finished_at=AT)
+    assert facts_of(ended, target)[-1] == ("Target", "Held" if held else "Not held", remark)
 
 
 def test_settings_that_go_without_saying_are_left_out() -> None:
