@@ -23,7 +23,7 @@ from aquant_core.config import FLOAT_BITS, PresetName
 from aquant_core.report.page import NAMES
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, accuracy_bars
-from aquant_core.report.schema import Report
+from aquant_core.report.schema import Report, SensitiveLayer
 from service.api import events, jobs, results
 from service.api.auth import Owner, VisitorDep
 from service.api.conditions import IfNoneMatch
@@ -142,7 +142,7 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         report=report,
         plan=plan,
         plot=None if report is None else _accuracy_plot(report),
-        hurting=[] if report is None or report.sensitivity is None else report.sensitivity.layers[:MOST_HURTING],
+        hurting=[] if report is None else _hurting(report),
         draft=form.again(job),
         planned=form.planned(job.config),
         once=_once(),
@@ -320,6 +320,17 @@ def _read(kind: type[Document], parts: Parts, visitor: Owner, job_id: str) -> Do
         return kind.model_validate_json(parts.artifacts.get_bytes(artifact.key))
     except ValidationError:
         return None
+
+
+def _hurting(report: Report) -> list[SensitiveLayer]:
+    """The layers that hurt most; none where nothing was lost that a layer could bring back."""
+    if report.sensitivity is None:
+        return []
+    if report.sensitivity.metric == "top1" and report.accuracy is not None:
+        lost = report.accuracy.quantized.top1 < report.accuracy.float.top1
+    else:
+        lost = report.fidelity.quantized.agreement < 1
+    return report.sensitivity.layers[:MOST_HURTING] if lost else []
 
 
 def _accuracy_plot(report: Report) -> object:

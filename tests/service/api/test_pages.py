@@ -513,7 +513,7 @@ def test_a_job_again_begins_with_its_files_and_settings(web: Client, onnx_model:
 
 
 def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) -> None:
-    report = reports.run()
+    report = reports.lossy()
     worst = report["sensitivity"]["layers"][0]
     config = {**CONFIG, "seed": 3, "layers": {"fc": {"weight_bits": 4}}}
     job_id = page_jobs.succeeded(report, config=config)
@@ -532,6 +532,31 @@ def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) 
     unranked = page_jobs.succeeded(reports.run(sensitivity=False), config=CONFIG)
     assert "&layer=" not in "".join(Outline(web.get(f"/page/jobs/{unranked}").text).addresses)
     assert web.get(f"/?again={unranked}&layer=fc").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("top1", "low", "offered", "stands_out"),
+    [(0.5, 0.01, True, True), (0.5, 0.0, True, False), (0.6, 0.01, False, True), (0.65, -0.1, False, True)],
+)
+def test_a_layer_is_offered_where_something_was_lost_and_as_the_report_puts_it(
+    web: Client, page_jobs: PageJobs, top1: float, low: float, offered: bool, stands_out: bool
+) -> None:
+    report = reports.run()
+    report["accuracy"]["float"]["top1"], report["accuracy"]["quantized"]["top1"] = 0.6, top1
+    report["sensitivity"]["layers"][0]["interval"] = [low, 0.2]
+    page = Outline(web.get(f"/page/jobs/{page_jobs.succeeded(report, config=CONFIG)}").text)
+    assert ("&layer=" in "".join(page.addresses)) == offered
+    assert ("No single layer stands out" in page.words) != stands_out
+
+
+@pytest.mark.parametrize(("agreement", "offered"), [(0.9, True), (1.0, False)])
+def test_without_labels_a_layer_is_offered_where_decisions_differ(
+    web: Client, page_jobs: PageJobs, agreement: float, offered: bool
+) -> None:
+    report = reports.run(labels=False)
+    report["fidelity"]["quantized"]["agreement"] = agreement
+    page = Outline(web.get(f"/page/jobs/{page_jobs.succeeded(report, config=CONFIG)}").text)
+    assert ("&layer=" in "".join(page.addresses)) == offered
 
 
 def test_of_a_target_the_widths_found_are_given_with_a_layer_raised(web: Client, page_jobs: PageJobs) -> None:
