@@ -30,7 +30,7 @@ from service.api.conditions import IfNoneMatch
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.page_fields import PageFields
-from service.api.page_route import CONTENT_POLICY, PageRoute
+from service.api.page_route import CONTENT_POLICY, SUBMIT, PageRoute
 from service.api.submitting import take_in
 from service.artifacts import Artifacts
 from service.jobs.errors import ArtifactNotReadyError, FormError
@@ -106,7 +106,7 @@ def index(
     )
 
 
-@router.post("/page/jobs")
+@router.post(SUBMIT)
 async def submit(
     request: Request,
     parts: PartsDep,

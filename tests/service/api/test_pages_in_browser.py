@@ -181,6 +181,26 @@ def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, fi
     expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
 
 
+def test_without_scripts_a_refused_form_is_still_there_when_one_goes_back(
+    open_page: Open, files: dict[str, Path]
+) -> None:
+    page = open_page("/", ("422", "404"), java_script_enabled=False).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_label("Weights").select_option("3")
+    page.locator("summary").click()
+    page.locator("#architecture").fill("resnet18")
+    page.locator("#config").fill('{"colour": 1}')
+    page.get_by_role("button", name="Quantize").click()
+    expect(page.locator("main")).to_contain_text("When you go back, most browsers still have the form")
+    page.go_back()
+    expect(page.get_by_label("Weights")).to_have_value("3")
+    expect(page.locator("#architecture")).to_have_value("resnet18")
+    expect(page.locator("#config")).to_have_value('{"colour": 1}')
+    page.goto("/page/jobs/none")
+    expect(page.locator("main")).not_to_contain_text("go back")  # nothing was sent
+
+
 @pytest.mark.parametrize("scripts", [True, False])
 def test_a_form_whose_answer_was_lost_is_sent_again_for_the_same_job(
     open_page: Open, web: Client, files: dict[str, Path], scripts: bool
