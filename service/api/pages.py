@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -151,10 +151,17 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
 
 
 @router.post("/page/jobs/{job_id}/cancel")
-def cancel(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
-    """Stop a job."""
+def cancel(
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    listed: Annotated[JobState | Literal["all"] | None, Query()] = None,
+) -> Response:
+    """Stop a job, and go back to its page, or to the list that it was stopped from."""
     jobs.cancel(parts, visitor, job_id)
-    return RedirectResponse(_address(job_id), 303)
+    if listed is None:
+        return RedirectResponse(_address(job_id), 303)
+    return RedirectResponse(f"/{'' if listed == 'all' else f'?state={listed}'}#jobs", 303)
 
 
 @router.post("/page/jobs/{job_id}/delete")

@@ -111,11 +111,11 @@ def in_short(job: JobDocument) -> str:
 
 
 def waiting_for(job: JobDocument) -> str:
-    """What a queued job waits for."""
+    """What a queued job waits for: its place among its owner's that wait; what runs stands in no line."""
     if job.workers == 0:
         return "for a worker to start"
     before = job.queue_position or 0
-    return "its turn" if before == 0 else f"for {before} older job{'' if before == 1 else 's'}"
+    return "first in line" if before == 0 else f"number {before + 1} in line"
 
 
 def facts_of(job: JobDocument, target: Target | None = None) -> list[tuple[str, str, str]]:

@@ -118,15 +118,22 @@ function drop(form, event) {
   event.preventDefault();
   const field = event.target.closest("[data-drop]");
   const files = [...event.dataTransfer.files];
-  const put_in = [];
+  const put_in = new Map();
+  const left_out = [];
   for (const file of files) {
     const kind = KINDS.find(([, pattern]) => pattern.test(file.name));
     const name = field && files.length === 1 ? field.dataset.drop : kind && kind[0];
     if (form.elements[name]?.type !== "file") continue; // of an earlier job, or of no kind that is known
+    if (put_in.has(name)) {
+      left_out.push(`${file.name} is left out: ${put_in.get(name)} is kept as ${name}`);
+      continue;
+    }
     put(form.elements[name], file);
-    put_in.push(`${file.name} as ${name}`);
+    put_in.set(name, file.name);
   }
-  document.getElementById("said").textContent = put_in.join(", ") || "No file that is known here.";
+  const taken = [...put_in].map(([name, called]) => `${called} as ${name}`).join(", ");
+  document.getElementById("said").textContent = [taken, ...left_out].filter(Boolean).join(". ") || "No file that is known here.";
+  form.querySelector("#sending").textContent = left_out.join(". "); // what went in, the fields show
 }
 
 function over(form, event) {

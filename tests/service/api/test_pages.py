@@ -94,7 +94,10 @@ def test_without_a_key_one_is_asked_for(
             assert (answer.status_code, answer.headers["location"].partition("?")[0]) == (303, "/page/sign-in")
         else:
             assert answer.status_code == 401
-            assert "API key" in Outline(answer.text).words
+            outline = Outline(answer.text)
+            assert "API key" in outline.words
+            assert "/page/sign-in" in outline.addresses
+            assert "Authorization" not in outline.words  # no browser can send it
     assert all_of(web, ada) == before
 
 
@@ -355,6 +358,14 @@ def test_every_moment_of_a_job_can_be_shown(web: Client, page_jobs: PageJobs, bl
                 job = session.get_one(JobRecord, job_id)
                 job.progress = {"block": block, "blocks": 5, "curve": None}
         assert web.get(f"/page/jobs/{job_id}").status_code == 200
+
+
+@pytest.mark.parametrize(("query", "back"), [("", "/#jobs"), ("?state=queued", "/?state=queued#jobs")])
+def test_cancelling_from_the_list_leads_back_to_it(web: Client, page_jobs: PageJobs, query: str, back: str) -> None:
+    job_id = page_jobs.queued()
+    (cancel,) = (found for found in Outline(web.get(f"/{query}").text).addresses if f"{job_id}/cancel" in found)
+    assert web.post(cancel, headers=OWN).headers["location"] == back
+    assert web.get(f"/jobs/{job_id}").json()["state"] == "cancelled"
 
 
 def test_deleting_leads_back_to_the_list(web: Client, page_jobs: PageJobs) -> None:

@@ -167,6 +167,22 @@ def test_dropped_files_find_their_fields(open_page: Open) -> None:
     expect(page.get_by_role("status")).to_have_text("odd.bin as model")
 
 
+def test_of_two_files_for_one_field_the_first_is_kept_and_that_is_said(open_page: Open) -> None:
+    page = open_page("/").page
+    dropped = page.evaluate_handle(
+        """() => {
+            const dropped = new DataTransfer();
+            for (const name of ['a.onnx', 'b.onnx', 'c.npz']) dropped.items.add(new File(['x'], name));
+            return dropped;
+        }"""
+    )
+    page.dispatch_event("#submission", "drop", {"dataTransfer": dropped})
+    assert page.evaluate("document.getElementById('model').files[0].name") == "a.onnx"
+    left_out = "b.onnx is left out: a.onnx is kept as model"
+    expect(page.get_by_role("status")).to_have_text(f"a.onnx as model, c.npz as calibration. {left_out}")
+    expect(page.get_by_text(left_out).last).to_be_visible()
+
+
 def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, files: dict[str, Path]) -> None:
     page = open_page("/", expected=("422",)).page
     for name, path in files.items():
@@ -325,7 +341,7 @@ def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, pag
     expect(page.get_by_role("link", name="another.onnx")).to_be_visible()
     assert page.locator(f"#tick-{done}").is_checked()
     page.locator(f"#cancel-{running}").click()
-    expect(page.locator("#standing")).to_contain_text("Stopping")
+    expect(page.locator("#list")).to_contain_text("Stopping")
 
 
 def test_uploads_cannot_run_scripts(open_page: Open, page_jobs: PageJobs) -> None:

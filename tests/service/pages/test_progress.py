@@ -64,7 +64,7 @@ def test_a_screen_reader_is_told_of_blocks_and_not_of_seconds() -> None:
 
 @pytest.mark.parametrize(
     ("workers", "position", "words"),
-    [(0, 3, "for a worker to start"), (1, 0, "its turn"), (1, 1, "for 1 older job"), (2, 4, "for 4 older jobs")],
+    [(0, 3, "for a worker to start"), (1, 0, "first in line"), (2, 4, "number 5 in line")],
 )
 def test_what_a_queued_job_waits_for(workers: int, position: int, words: str) -> None:
     assert waiting_for(job(state="queued", workers=workers, queue_position=position)) == words
