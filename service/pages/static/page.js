@@ -171,6 +171,7 @@ function send(form, event) {
   });
   request.addEventListener("load", () => {
     if (request.status === 200 && request.responseURL) {
+      end("Taken in"); // who comes back to this page as it was may send another
       location.assign(request.responseURL);
       return;
     }
