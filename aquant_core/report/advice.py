@@ -22,12 +22,14 @@ class Advice:
         headline, words: the advice, and why, or what else there is to say of it.
         layer: the one to raise first, if one stands out.
         layers: the configuration's ``layers`` with that one raised.
+        raising: whether more bits for a layer are any help at all.
     """
 
     headline: str
     words: str
     layer: SensitiveLayer | None = None
     layers: dict[str, Any] | None = None
+    raising: bool = True
 
 
 def advice_of(report: Report) -> Advice | None:
@@ -38,10 +40,9 @@ def advice_of(report: Report) -> Advice | None:
         return Advice(
             "Which layer to raise is not known",
             "calibration and evaluation images were scaled differently, and no number of bits makes up for that.",
+            raising=False,
         )
     first = report.sensitivity.layers[0]
-    if first.interval[0] > 0:
-        return _raise(first, report, [])
     measure, images = MEASURES[report.sensitivity.metric], f"{report.sensitivity.n:,}"
     if _nothing_lost(report):
         return Advice(
@@ -49,7 +50,10 @@ def advice_of(report: Report) -> Advice | None:
             f"on these {images} images {measure} is not below the float network's, so that no layer needs more bits."
             if report.sensitivity.metric == "top1"
             else f"on these {images} images it decides as the float network does, so that no layer needs more bits.",
+            raising=False,
         )
+    if first.interval[0] > 0:
+        return _raise(first, report, [])
     if (first.error_share or 0.0) >= MOST_OF_THE_ERROR:
         unsure = f"{first.error_share:.0%} of the error is its own, but what that costs is within what chance does"
         return _raise(first, report, [unsure])

@@ -22,6 +22,7 @@ class PageFields:
 
     reuse = False
     webhook: WebhookRequest | None = None
+    is_form = True
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

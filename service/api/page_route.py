@@ -17,6 +17,8 @@ from service.jobs.schemas import Problem
 from service.pages.render import render
 
 SIGN_IN = "/page/sign-in"
+SUBMIT = "/page/jobs"
+"""Where the form of a submission is sent."""
 
 # No inline script and no inline style: what an upload smuggles into a page is text, and stays text.
 CONTENT_POLICY = (
@@ -68,5 +70,6 @@ async def in_words(request: Request, error: Exception, template: str = "problem.
     if not answer.body:
         return answer
     problem = Problem.model_validate_json(bytes(answer.body))
+    sent = (request.method, request.url.path) == ("POST", SUBMIT)
     kept = {name: answer.headers[name] for name in ("retry-after", "www-authenticate") if name in answer.headers}
-    return HTMLResponse(render(template, problem=problem, **values), answer.status_code, kept)
+    return HTMLResponse(render(template, problem=problem, sent=sent, **values), answer.status_code, kept)

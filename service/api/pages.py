@@ -6,8 +6,11 @@ functions; only who asks is found out otherwise, and the answer is a page.
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Sequence
-from typing import Annotated, TypeVar, get_args
+from functools import lru_cache
+from typing import Annotated, Literal, TypeVar, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -17,6 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from aquant_core.config import FLOAT_BITS, PresetName
+from aquant_core.report.advice import advice_of
 from aquant_core.report.formats import NAMES
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, accuracy_bars
@@ -27,12 +31,15 @@ from service.api.conditions import IfNoneMatch
 from service.api.deps import Parts, PartsDep
 from service.api.documents import describe
 from service.api.page_fields import PageFields
-from service.api.page_route import CONTENT_POLICY, PageRoute
+from service.api.page_route import CONTENT_POLICY, SUBMIT, PageRoute
 from service.api.submitting import take_in
+from service.artifacts import Artifacts
 from service.jobs.errors import ArtifactNotReadyError, FormError
+from service.jobs.records import JobRecord
 from service.jobs.schemas import JobDocument
 from service.jobs.states import Device, JobState
 from service.pages import form, progress
+from service.pages.candidates import Candidate
 from service.pages.comparison import compare
 from service.pages.form import Draft
 from service.pages.render import STATIC, render, static_file, static_url, title_of
@@ -95,21 +102,31 @@ def index(
         devices=get_args(Device),
         workers=workers,
         progress=progress,
+        once=_once(),
         unfinished=any(not job.finished for job in listed),
     )
 
 
-@router.post("/page/jobs")
-async def submit(request: Request, parts: PartsDep, visitor: VisitorDep) -> Response:
-    """Queue what the form says, and go to where it can be followed."""
-    submitted = await take_in(request, parts, visitor, PageFields(parts.settings))
+@router.post(SUBMIT)
+async def submit(
+    request: Request,
+    parts: PartsDep,
+    visitor: VisitorDep,
+    once: Annotated[str | None, Query(min_length=1, max_length=64)] = None,
+) -> Response:
+    """Queue what the form says, and go to where it can be followed.
+
+    ``once`` names the form as it was shown: sent twice, by a browser that got no answer or by somebody who saw none,
+    it makes one job. It stands in the form's address because it is needed before the fields are read.
+    """
+    submitted = await take_in(request, parts, visitor, PageFields(parts.settings), once)
     return RedirectResponse(_address(submitted.job_id), 303)
 
 
 @router.get("/page/jobs/{job_id}")
 async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
     """Where a job stands, and what came of it."""
-    job, finished, others = await run_in_threadpool(_load, visitor, job_id)
+    job, finished, others = await run_in_threadpool(_load, parts, visitor, job_id)
     blocks, report, plan = progress.blocks_of(job, finished), None, None
     if job.state == JobState.SUCCEEDED and job.config.dry_run:
         plan = await run_in_threadpool(_read, Plan, parts, visitor, job_id)
@@ -126,18 +143,27 @@ async def show(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
         report=report,
         plan=plan,
         plot=None if report is None else _accuracy_plot(report),
-        hurting=[] if report is None or report.sensitivity is None else report.sensitivity.layers[:MOST_HURTING],
+        advice=None if report is None else advice_of(report),
+        most_hurting=MOST_HURTING,
         draft=form.again(job),
         planned=form.planned(job.config),
+        once=_once(),
         others=others,
     )
 
 
 @router.post("/page/jobs/{job_id}/cancel")
-def cancel(parts: PartsDep, visitor: VisitorDep, job_id: str) -> Response:
-    """Stop a job."""
+def cancel(
+    parts: PartsDep,
+    visitor: VisitorDep,
+    job_id: str,
+    listed: Annotated[JobState | Literal["all"] | None, Query()] = None,
+) -> Response:
+    """Stop a job, and go back to its page, or to the list that it was stopped from."""
     jobs.cancel(parts, visitor, job_id)
-    return RedirectResponse(_address(job_id), 303)
+    if listed is None:
+        return RedirectResponse(_address(job_id), 303)
+    return RedirectResponse(f"/{'' if listed == 'all' else f'?state={listed}'}#jobs", 303)
 
 
 @router.post("/page/jobs/{job_id}/delete")
@@ -206,16 +232,16 @@ def comparison(
     chosen = list(dict.fromkeys(job or []))
     if len(chosen) != 2:
         return _page("choose.html", visitor, 422, chosen=len(chosen))
-    documents, reports = [], []
-    for job_id in chosen:
-        document = jobs.load(visitor, job_id)
+    reports = []
+    found_jobs = [jobs.load(visitor, job_id) for job_id in chosen]
+    documents = sorted(found_jobs, key=lambda document: (document.created_at, document.id))  # B is what came of A
+    for job_id in (document.id for document in documents):
         report = _read(Report, parts, visitor, job_id)
         if report is None:
             raise ArtifactNotReadyError(
                 f"Job {job_id} has no report that can be compared.",
                 "Choose a job that ran to its end with this version.",
             )
-        documents.append(document)
         reports.append(report)
     names = (f"A: {title_of(reports[0].config)}", f"B: {title_of(reports[1].config)}")
     found = compare(reports[0], reports[1], names)
@@ -239,14 +265,21 @@ def _draft(parts: Parts, visitor: Owner, job_id: str, layer: str | None) -> Draf
             f"The report of job {job_id} does not say what raising a layer {layer!r} would gain.",
             "Open the job and choose one of its layers, or name it under layers in the further settings.",
         )
-    return form.again(job, raised)
+    return form.again(job, raised, None if report is None else report.target)
+
+
+def _once() -> str:
+    """What a form is called, this time that it is shown."""
+    return secrets.token_urlsafe(16)
 
 
 def _address(job_id: str) -> str:
     return f"/page/jobs/{job_id}"
 
 
-def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.Happened], Sequence[JobDocument]]:
+def _load(
+    parts: Parts, visitor: Owner, job_id: str
+) -> tuple[JobDocument, Sequence[progress.Happened], Sequence[Candidate]]:
     """A job, its finished blocks, and what it may be compared with."""
     with visitor.jobs() as repository:
         record, happened = repository.events_after(job_id, 0, MOST_EVENTS)
@@ -256,11 +289,34 @@ def _load(visitor: Owner, job_id: str) -> tuple[JobDocument, Sequence[progress.H
             for event in happened
             if event.kind == "block"
         ]
-        others: list[JobDocument] = []
-        if record.state == JobState.SUCCEEDED:
+        others: list[JobRecord] = []
+        origin = None
+        if record.state == JobState.SUCCEEDED and not job.config.dry_run:
+            origin = repository.run_before(record)
             succeeded = repository.page(ON_A_PAGE, None, JobState.SUCCEEDED).jobs
-            others = [describe(other) for other in succeeded if other.id != job_id and not other.config.get("dry_run")]
-    return job, finished, others
+            others = [other for other in succeeded if other.id != job_id and not other.config.get("dry_run")]
+            if origin is not None and origin.id not in {other.id for other in others}:
+                others.append(origin)
+    origin_id = None if origin is None else origin.id
+    return (
+        job,
+        finished,
+        [Candidate(describe(other), _top1(parts, other), other.id == origin_id) for other in others],
+    )
+
+
+def _top1(parts: Parts, job: JobRecord) -> float | None:
+    artifact = job.artifact("report")
+    return None if artifact is None else _top1_in(parts.artifacts, artifact.key, artifact.sha256)
+
+
+@lru_cache(maxsize=1000)
+def _top1_in(artifacts: Artifacts, key: str, _sha256: str) -> float | None:
+    """The accuracy in a report, which is read once; None where it has none."""
+    try:
+        return float(json.loads(artifacts.get_bytes(key))["accuracy"]["quantized"]["top1"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return None
 
 
 def _read(kind: type[Document], parts: Parts, visitor: Owner, job_id: str) -> Document | None:

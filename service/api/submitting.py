@@ -44,6 +44,7 @@ class Fields(Protocol):
     reuse: bool
     webhook: WebhookRequest | None
     filenames: dict[UploadName, str]
+    is_form: bool
 
     async def take(self, part: Part) -> None:
         """Read a field.
@@ -62,6 +63,8 @@ class Fields(Protocol):
 
 class JobFields:
     """The fields of ``POST /jobs``; the config is checked as soon as it is there."""
+
+    is_form = False
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -194,7 +197,7 @@ async def _receive(
     filenames |= fields.filenames
     return Submission(
         job_id, owner.name, fields.config(), fields.device, files, References.of(named), filenames, fields.reuse,
-        fields.webhook, key,
+        fields.webhook, key, fields.is_form,
     )  # fmt: skip
 
 

@@ -50,6 +50,19 @@ class IdempotencyKeys:
             )
         return record.job_id
 
+    def of_form(self, token: str, fingerprint: str) -> str:
+        """The key of a form that may be changed and sent again.
+
+        It is the form's token, and another, always the same one, for each thing more that is asked for with it; one
+        whose job has been deleted is passed over, so that the form makes a new one.
+        """
+        key = token
+        while (record := self._find(key)) is not None:
+            if record.fingerprint == fingerprint and self._session.get(JobRecord, record.job_id) is not None:
+                break
+            key = hashlib.sha256(f"{key}\0{fingerprint}".encode()).hexdigest()
+        return key
+
     def add(self, key: str, fingerprint: str, job_id: str) -> None:
         """Bind a key to a job.
 

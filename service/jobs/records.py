@@ -91,7 +91,8 @@ class JobRecord(Record):
     """When the broker was last told of this job."""
 
     origin: Mapped[dict[str, Any] | None]
-    """What brought the job: ``request_id``, its uploads' ``filenames``, and the context of the request's trace."""
+    """What brought the job: ``request_id``, its uploads' ``filenames``, the ``earlier_job`` whose model it took, and
+    the context of the request's trace."""
 
     fingerprint: Mapped[str | None] = mapped_column(String(64))
     """Digest of configuration and files: jobs with the same one do the same work."""

@@ -126,6 +126,19 @@ class JobRepository:
         )
         return self._session.scalar(query.order_by(JobRecord.created_at.desc()).limit(1))
 
+    def run_before(self, job: JobRecord) -> JobRecord | None:
+        """The job that this one is again, dry runs between them passed over; None unless it is here and succeeded."""
+        seen = {job.id}
+        while (earlier := (job.origin or {}).get("earlier_job")) is not None and earlier not in seen:
+            seen.add(earlier)
+            try:
+                job = self.get(earlier)
+            except JobNotFoundError:
+                return None
+            if not job.config.get("dry_run"):
+                return job if job.state == JobState.SUCCEEDED else None
+        return None
+
     def events_after(self, job_id: str, number: int, limit: int) -> tuple[JobRecord, Sequence[EventRecord]]:
         """A job, and what has happened to it after the event of this number.
 

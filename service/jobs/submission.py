@@ -74,6 +74,7 @@ class Submission:
         reuse: whether a job that did the same work will do as well.
         webhook: whom to tell of the end.
         idempotency_key: what the submitter calls this request, to send it again without having it done again.
+        is_form: whether the key names a form, which may have been changed when it is sent again.
     """
 
     job_id: str
@@ -86,6 +87,7 @@ class Submission:
     reuse: bool = False
     webhook: WebhookRequest | None = None
     idempotency_key: str | None = None
+    is_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Submitter:
         webhook = (
             None if submission.webhook is None else new_webhook(submission.webhook, self._settings.webhook_networks)
         )
+        earlier_job = references.jobs.get("model")
         submission = self._with_earlier(submission)
         with self._sessions.begin() as session:
             taken = _take(self._uploads(session, submission), submission.references.uploads)
@@ -138,6 +141,7 @@ class Submitter:
             origin={
                 "request_id": what_about().get("request_id"),
                 "filenames": dict(submission.filenames),
+                "earlier_job": earlier_job,
                 **carrier(),
             },
             fingerprint=_fingerprint(config, submission.device, files),
@@ -173,6 +177,8 @@ class Submitter:
         key, asked = submission.idempotency_key, _digest_of_request(submission, job)
         with self._sessions.begin() as session:
             keys = IdempotencyKeys(session, self._settings, submission.owner)
+            if key is not None and submission.is_form:
+                key = keys.of_form(key, asked)
             if key is not None and (known := keys.job_of(key, asked)) is not None:
                 return Submitted(known, "replayed")
             repository = JobRepository(session).of(submission.owner)

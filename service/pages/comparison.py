@@ -47,6 +47,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What the first's report said that raising a layer would gain, which the second has raised and nothing else."""
+
+    layer: str
+    bits: tuple[int, int]
+    gain: float
+    interval: list[float]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What two reports say of the same.
 
@@ -54,6 +64,7 @@ class Comparison:
         metric: top-1 accuracy, or without labels in both the agreement with the float network.
         gain: the second's less the first's; None where that would compare different images.
         interval: 95 %, of two independent samples; None without one.
+        promise: what the first's report said of that gain, where it did.
         cautions: why the two cannot simply be compared.
     """
 
@@ -62,6 +73,7 @@ class Comparison:
     second: Score
     gain: float | None
     interval: tuple[float, float] | None
+    promise: Promise | None
     cautions: list[str]
     layers: list[LayerPair]
     plot: Markup
@@ -91,6 +103,7 @@ def compare(first: Report, second: Report, names: tuple[str, str]) -> Comparison
         *scores,
         scores[1].value - scores[0].value if same_images else None,
         difference_interval(*scores) if same_images else None,
+        None if cautions else _promise(first, second, "top1" if labelled else "agreement"),
         cautions,
         _pairs(first, second),
         accuracy_bars(bars, metric, "scores"),
@@ -119,6 +132,26 @@ def _score(report: Report, labelled: bool) -> Score:
         return Score(of.top1, of.interval, of.n)
     like = report.fidelity.quantized
     return Score(like.agreement, like.interval, like.n)
+
+
+_WHAT_MAKES_WIDTHS = {"layers", "target"}
+_WHAT_MAKES_NO_NETWORK = {"compare", "sensitivity", "dry_run"}
+
+
+def _promise(first: Report, second: Report, metric: str) -> Promise | None:
+    if first.sensitivity is None or first.sensitivity.metric != metric:
+        return None
+    beside_the_layers = _WHAT_MAKES_WIDTHS | _WHAT_MAKES_NO_NETWORK
+    if first.config.model_dump(exclude=beside_the_layers) != second.config.model_dump(exclude=beside_the_layers):
+        return None
+    others = [pair for pair in _pairs(first, second) if pair.has_other_bits]
+    if len(others) != 1 or others[0].second is None:
+        return None
+    raised = others[0].second
+    for said in first.sensitivity.layers:
+        if said.layer == raised.name and said.raised_bits == [raised.weight_bits, raised.activation_bits]:
+            return Promise(said.layer, (raised.weight_bits, raised.activation_bits), said.gain, said.interval)
+    return None
 
 
 def _pairs(first: Report, second: Report) -> list[LayerPair]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.report.commands import brief
-from aquant_core.report.schema import SensitiveLayer
+from aquant_core.report.schema import SensitiveLayer, Target
 from service.jobs.schemas import JobDocument, UploadName
 
 SETTINGS = ("weight_bits", "activation_bits", "method", "preset", "architecture", "dry_run")
@@ -41,17 +41,28 @@ class Draft:
         return {name: file.filename or f"sha256:{file.sha256[:12]}" for name, file in found.items()}
 
 
-def again(job: JobDocument, raised: SensitiveLayer | None = None) -> Draft:
-    """An earlier job once more, with a layer at the bits that its report speaks of."""
+def again(job: JobDocument, raised: SensitiveLayer | None = None, target: Target | None = None) -> Draft:
+    """An earlier job once more, with a layer at the bits that its report speaks of.
+
+    What a report says of a layer it says of the network that it has. Where that was found for a ``target``, its widths
+    are given, and not the target, which would have others searched for.
+    """
     further = {name: value for name, value in brief(job.config).items() if name not in SETTINGS}
     if further.get("seed") == 0:
         del further["seed"]
     if raised is not None:
         weight_bits, activation_bits = raised.raised_bits
-        layer: dict[str, Any] = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-        further["layers"] = {**further.get("layers", {}), raised.layer: layer}
+        if target is not None:
+            further.pop("target", None)
+            found = target.candidates[target.chosen].layers
+            further["layers"] = {name: _override(*widths) for name, widths in found.items()}
+        further["layers"] = {**further.get("layers", {}), raised.layer: _override(weight_bits, activation_bits)}
     said = json.dumps(further, indent=1) if further else ""
     return Draft(job.config, said, job)
+
+
+def _override(weight_bits: int, activation_bits: int) -> dict[str, Any]:
+    return {"weight_bits": weight_bits, "activation_bits": activation_bits}
 
 
 def planned(config: QuantizationConfig) -> str:

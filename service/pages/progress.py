@@ -9,8 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.report.formats import NAMES, duration
+from aquant_core.report.formats import NAMES, duration, fixed
 from aquant_core.report.plots import loss_plot
+from aquant_core.report.schema import Target
 from service.jobs.schemas import JobDocument
 from service.jobs.states import JobState
 from service.pages.render import about
@@ -109,15 +110,15 @@ def in_short(job: JobDocument) -> str:
 
 
 def waiting_for(job: JobDocument) -> str:
-    """What a queued job waits for."""
+    """What a queued job waits for: its place among its owner's that wait; what runs stands in no line."""
     if job.workers == 0:
         return "for a worker to start"
     before = job.queue_position or 0
-    return "its turn" if before == 0 else f"for {before} older job{'' if before == 1 else 's'}"
+    return "first in line" if before == 0 else f"number {before + 1} in line"
 
 
-def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
-    """What stands large at the top of a job's page: a name, a value, and a remark."""
+def facts_of(job: JobDocument, target: Target | None = None) -> list[tuple[str, str, str]]:
+    """What stands large at the top of a job's page: a name, a value, and a remark; what became of a target is one."""
     progress = job.progress
     facts: list[tuple[str, str, str]] = []
     if job.state == JobState.QUEUED:
@@ -134,6 +135,10 @@ def facts_of(job: JobDocument) -> list[tuple[str, str, str]]:
     if job.finished and job.started_at is not None and job.finished_at is not None:
         took = duration((job.finished_at - job.started_at).total_seconds())
         facts.append(("Took", took, "" if job.attempt == 1 else f"in {job.attempt} attempts"))
+    if target is not None:
+        metric = "top-1" if target.metric == "top1" else "agreement"
+        lost = f"a drop of {fixed(target.drop, 2)} points of {metric}, at most {target.max_accuracy_drop:g} wanted"
+        facts.append(("Target", "Held" if target.held else "Not held", lost))
     return facts
 
 

@@ -29,6 +29,10 @@ STATIC: Mapping[str, tuple[str, str]] = {
 """Where each static file lies, and its type."""
 
 
+_LETTERS = 40
+"""Of a layer's name, in a job's title."""
+
+
 @cache
 def static_file(name: str) -> bytes:
     """The bytes of one of ``STATIC``."""
@@ -53,7 +57,24 @@ def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
     name = NAMES.get(config.method, config.method)
     widths = "bits by target" if config.target else f"W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
-    return f"{name}, {widths}{', dry run' if config.dry_run else ''}"
+    seed = f"seed {config.seed}" if config.seed else ""
+    return ", ".join(filter(None, [name, widths, _layers_of(config), seed, "dry run" if config.dry_run else ""]))
+
+
+def _layers_of(config: QuantizationConfig) -> str:
+    """Which layer has other bits than the network, or how many have."""
+    usual = config.weight_bits, config.activation_bits
+    given = {
+        name: (layer.weight_bits or usual[0], layer.activation_bits or usual[1])
+        for name, layer in config.layers.items()
+    }
+    others = {name: widths for name, widths in given.items() if widths != usual}
+    if len(others) > 1:
+        return f"{len(others)} layers at other bits"
+    called = (name if len(name) <= _LETTERS else f"{name[:_LETTERS]}\N{HORIZONTAL ELLIPSIS}" for name in others)
+    return "".join(
+        f"{name} at {'/'.join(map(bits, given))}" for name, given in zip(called, others.values(), strict=True)
+    )
 
 
 def about(seconds: float) -> str:
@@ -61,7 +82,8 @@ def about(seconds: float) -> str:
     return f"{seconds:.0f}\N{NO-BREAK SPACE}s" if seconds < 120 else duration(seconds)
 
 
-def _when(at: datetime) -> str:
+def when(at: datetime) -> str:
+    """A time, to the minute."""
     return f"{at:%Y-%m-%d %H:%M} UTC"
 
 
@@ -78,7 +100,7 @@ def _environment() -> Environment:
         "about": about,
         "method": lambda name: NAMES.get(name, name),
         "title_of": title_of,
-        "when": _when,
+        "when": when,
     }
     environment.globals |= {"static": static_url, "version": version("aquant-service"), "methods": NAMES}
     return environment

@@ -3,22 +3,49 @@
 "use strict";
 
 const GENTLY = 700; // milliseconds between two looks, however often something happens
+const AGAIN = 2000; // after a look that found no service
+const PATIENCE = 15000; // with one look; a network that is gone says nothing
+const RARELY = 15; // seconds between looks where events tell what happens: a stream that is dead tells nothing
 
 // Parts marked data-live are fetched again: after every event of data-events, else every data-every seconds. When what
-// they tell of has ended, they come without those marks.
+// they tell of has ended, they come without those marks. After two looks in vain the page says so, until one succeeds.
 
 let looking = null;
+let missed = 0;
+let seen = new Date();
 
 async function look() {
-  const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+  const signal = AbortSignal.timeout(PATIENCE);
+  const answer = await fetch(location.href, { headers: { Accept: "text/html" }, signal });
   if (answer.status === 404 || answer.redirected) {
     location.reload(); // deleted, or signed out: the server says what there is instead
     return;
   }
+  if (answer.status >= 500) throw new Error(`answers with status ${answer.status}`);
   if (!answer.ok) return; // later
   const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
   document.title = fresh.title;
   for (const part of document.querySelectorAll("[data-live]")) exchange(part, fresh.getElementById(part.id));
+  seen = new Date();
+}
+
+function found() {
+  if (missed > 1) tell("The service answers again.", "");
+  missed = 0;
+}
+
+function missedOne(error) {
+  missed += 1;
+  const what = error.message.startsWith("answers") ? error.message : "does not answer"; // a browser's own words vary
+  const words = `The service ${what}; what is shown is of ${seen.toISOString().slice(11, 16)} UTC. Trying again.`;
+  if (missed === 2) tell(words, words);
+}
+
+function tell(said, shown) {
+  const line = document.getElementById("away");
+  line.hidden = !shown;
+  line.textContent = shown;
+  document.getElementById("said").textContent = said;
 }
 
 function exchange(part, fresh) {
@@ -35,22 +62,22 @@ function exchange(part, fresh) {
 
 function lookSoon(after = GENTLY) {
   looking ??= setTimeout(async () => {
-    try {
-      if (!document.hidden) await look();
-    } catch {
-      // the service is away; the next look may find it
-    }
+    let failed = null;
+    if (!document.hidden) await look().then(found, (error) => (failed = error));
     looking = null;
+    if (failed === null || document.querySelector("[data-live]") === null) return; // or it has ended
+    missedOne(failed);
+    lookSoon(AGAIN);
   }, after);
 }
 
-function keepLooking() {
+function keepLooking(seconds) {
   const part = document.querySelector("[data-every]");
   if (part === null) return; // it has ended
   setTimeout(() => {
     lookSoon(0);
-    keepLooking();
-  }, 1000 * part.dataset.every);
+    keepLooking(seconds);
+  }, 1000 * (seconds ?? part.dataset.every));
 }
 
 function follow() {
@@ -61,6 +88,7 @@ function follow() {
     keepLooking();
     return;
   }
+  keepLooking(RARELY);
   const source = new EventSource(part.dataset.events);
   for (const kind of ["state", "stage", "block", "progress"]) source.addEventListener(kind, () => lookSoon());
   source.addEventListener("deleted", () => location.assign("/"));
@@ -90,15 +118,22 @@ function drop(form, event) {
   event.preventDefault();
   const field = event.target.closest("[data-drop]");
   const files = [...event.dataTransfer.files];
-  const put_in = [];
+  const put_in = new Map();
+  const left_out = [];
   for (const file of files) {
     const kind = KINDS.find(([, pattern]) => pattern.test(file.name));
     const name = field && files.length === 1 ? field.dataset.drop : kind && kind[0];
     if (form.elements[name]?.type !== "file") continue; // of an earlier job, or of no kind that is known
+    if (put_in.has(name)) {
+      left_out.push(`${file.name} is left out: ${put_in.get(name)} is kept as ${name}`);
+      continue;
+    }
     put(form.elements[name], file);
-    put_in.push(`${file.name} as ${name}`);
+    put_in.set(name, file.name);
   }
-  document.getElementById("said").textContent = put_in.join(", ") || "No file that is known here.";
+  const taken = [...put_in].map(([name, called]) => `${called} as ${name}`).join(", ");
+  document.getElementById("said").textContent = [taken, ...left_out].filter(Boolean).join(". ") || "No file that is known here.";
+  form.querySelector("#sending").textContent = left_out.join(". "); // what went in, the fields show
 }
 
 function over(form, event) {
@@ -107,6 +142,10 @@ function over(form, event) {
   form.classList.remove("over");
   if (event.type === "dragover") (event.target.closest?.("[data-drop]") ?? form).classList.add("over");
 }
+
+const LOST =
+  "The connection was lost, and whether the job was taken in is not known. Send the form again: as long as nothing in it " +
+  "is changed, it makes one job, however often it is sent.";
 
 function send(form, event) {
   event.preventDefault();
@@ -132,6 +171,7 @@ function send(form, event) {
   });
   request.addEventListener("load", () => {
     if (request.status === 200 && request.responseURL) {
+      end("Taken in"); // who comes back to this page as it was may send another
       location.assign(request.responseURL);
       return;
     }
@@ -144,7 +184,7 @@ function send(form, event) {
     refused.replaceChildren(document.importNode(problem, true));
     refused.scrollIntoView({ block: "nearest" });
   });
-  request.addEventListener("error", () => end("The connection was lost; nothing was submitted. Try again."));
+  request.addEventListener("error", () => end(LOST));
   request.open("POST", form.action);
   request.responseType = "document";
   request.send(said);

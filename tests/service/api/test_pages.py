@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import quote
 
@@ -18,11 +19,14 @@ from old_reports import old_report
 from outline import Outline
 from page_jobs import CONFIG, PageJobs
 
+from aquant_core.report.formats import points
 from service.api import pages, sign_in
 from service.jobs.records import JobRecord
 from service.jobs.repository import JobRepository
 from service.jobs.schemas import Problem
 from service.jobs.states import JobState
+from service.main import create_app
+from service.settings import Settings
 
 pytestmark = pytest.mark.parametrize("storage", ["sqlite-folder"], indirect=True)
 
@@ -90,7 +94,10 @@ def test_without_a_key_one_is_asked_for(
             assert (answer.status_code, answer.headers["location"].partition("?")[0]) == (303, "/page/sign-in")
         else:
             assert answer.status_code == 401
-            assert "API key" in Outline(answer.text).words
+            outline = Outline(answer.text)
+            assert "API key" in outline.words
+            assert "/page/sign-in" in outline.addresses
+            assert "Authorization" not in outline.words  # no browser can send it
     assert all_of(web, ada) == before
 
 
@@ -214,7 +221,7 @@ def test_what_uploads_say_stays_text(web: Client, page_jobs: PageJobs) -> None:
         assert EVIL in Outline(web.get(f"/page/jobs/{job_id}").text).words
 
 
-def submit(web: Client, onnx_model: bytes, images: bytes, **fields: Any) -> Response:
+def submit(web: Client, onnx_model: bytes, images: bytes, to: str = "/page/jobs", **fields: Any) -> Response:
     """As a browser does: every field is there, and so is a file that was not chosen."""
     parts: dict[str, Any] = {
         "weight_bits": "2", "activation_bits": "4", "method": "qdrop", "preset": "smoke", "device": "",
@@ -229,7 +236,7 @@ def submit(web: Client, onnx_model: bytes, images: bytes, **fields: Any) -> Resp
         named = "" if filename is None else f'; filename="{filename}"'
         body += f'--b\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content + b"\r\n"
     headers = OWN | {"Content-Type": "multipart/form-data; boundary=b"}
-    return web.post("/page/jobs", content=body + b"--b--\r\n", headers=headers)
+    return web.post(to, content=body + b"--b--\r\n", headers=headers)
 
 
 def test_the_form_is_a_submission(web: Client, onnx_model: bytes, images: bytes) -> None:
@@ -275,6 +282,55 @@ def test_what_is_wrong_with_a_form_is_said_in_words(
     assert web.get("/jobs").json()["jobs"] == []
 
 
+def form_of(page: str) -> str:
+    """Where the form of a submission leads."""
+    (address,) = (found for found in Outline(page).addresses if found.startswith("/page/jobs?"))
+    return address
+
+
+def test_the_same_form_twice_is_one_job_and_a_changed_one_another(
+    web: Client, onnx_model: bytes, images: bytes
+) -> None:
+    """So a browser that got no answer may send it again, and who goes back to it may change it."""
+    form = form_of(web.get("/").text)
+    assert form != form_of(web.get("/").text)
+
+    def sent(**fields: Any) -> str:
+        answer = submit(web, onnx_model, images, form, **fields)
+        assert answer.status_code == 303, answer.text
+        return str(answer.headers["location"])
+
+    first, changed, forecast = sent(), sent(weight_bits="3"), sent(dry_run="true")
+    assert [sent(), sent(weight_bits="3"), sent(dry_run="true")] == [first, changed, forecast]
+    assert len(web.get("/jobs").json()["jobs"]) == 3
+    assert submit(web, onnx_model, images, form_of(web.get("/").text)).headers["location"] != first
+    # Of one that was deleted the form makes a new one, and that once.
+    for _ in range(2):
+        gone = sent()
+        web.post(f"{gone}/cancel", headers=OWN)
+        web.post(f"{gone}/delete", headers=OWN)
+        assert sent() == sent() != gone
+    assert sent(weight_bits="3") == changed
+    assert len(web.get("/jobs").json()["jobs"]) == 4
+
+
+def test_a_form_that_was_refused_may_be_sent_mended(web: Client, onnx_model: bytes, images: bytes) -> None:
+    form = form_of(web.get("/").text)
+    assert submit(web, onnx_model, images, form, config="{").status_code == 422
+    assert submit(web, onnx_model, images, form).status_code == 303
+
+
+def test_a_form_sent_again_is_answered_where_there_is_no_room_for_another(
+    settings: Settings, serve: Callable[[FastAPI], AbstractContextManager[Client]], onnx_model: bytes, images: bytes
+) -> None:
+    with serve(create_app(settings.model_copy(update={"max_jobs_queued": 1}))) as web:
+        form = form_of(web.get("/").text)
+        first = submit(web, onnx_model, images, form).headers["location"]
+        assert submit(web, onnx_model, images, form).headers["location"] == first
+        assert submit(web, onnx_model, images, form, weight_bits="3").status_code == 429
+        assert submit(web, onnx_model, images, form_of(web.get("/").text)).status_code == 429
+
+
 def test_an_error_of_ours_is_a_page_too(
     application: FastAPI, web: Client, monkeypatch: pytest.MonkeyPatch, page_jobs: PageJobs
 ) -> None:
@@ -302,6 +358,14 @@ def test_every_moment_of_a_job_can_be_shown(web: Client, page_jobs: PageJobs, bl
                 job = session.get_one(JobRecord, job_id)
                 job.progress = {"block": block, "blocks": 5, "curve": None}
         assert web.get(f"/page/jobs/{job_id}").status_code == 200
+
+
+@pytest.mark.parametrize(("query", "back"), [("", "/#jobs"), ("?state=queued", "/?state=queued#jobs")])
+def test_cancelling_from_the_list_leads_back_to_it(web: Client, page_jobs: PageJobs, query: str, back: str) -> None:
+    job_id = page_jobs.queued()
+    (cancel,) = (found for found in Outline(web.get(f"/{query}").text).addresses if f"{job_id}/cancel" in found)
+    assert web.post(cancel, headers=OWN).headers["location"] == back
+    assert web.get(f"/jobs/{job_id}").json()["state"] == "cancelled"
 
 
 def test_deleting_leads_back_to_the_list(web: Client, page_jobs: PageJobs) -> None:
@@ -461,7 +525,7 @@ def test_a_job_again_begins_with_its_files_and_settings(web: Client, onnx_model:
 
 
 def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) -> None:
-    report = reports.run()
+    report = reports.lossy()
     worst = report["sensitivity"]["layers"][0]
     config = {**CONFIG, "seed": 3, "layers": {"fc": {"weight_bits": 4}}}
     job_id = page_jobs.succeeded(report, config=config)
@@ -482,6 +546,122 @@ def test_a_layer_is_raised_as_the_report_says(web: Client, page_jobs: PageJobs) 
     assert web.get(f"/?again={unranked}&layer=fc").status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("top1", "low", "offered", "stands_out"),
+    [(0.5, 0.01, True, True), (0.5, 0.0, True, False), (0.6, 0.01, False, True), (0.65, -0.1, False, True)],
+)
+def test_a_layer_is_offered_where_something_was_lost_and_as_the_report_puts_it(
+    web: Client, page_jobs: PageJobs, top1: float, low: float, offered: bool, stands_out: bool
+) -> None:
+    report = reports.run()
+    report["accuracy"]["float"]["top1"], report["accuracy"]["quantized"]["top1"] = 0.6, top1
+    report["sensitivity"]["layers"][0] |= {"interval": [low, 0.2], "error_share": 0.2}
+    page = Outline(web.get(f"/page/jobs/{page_jobs.succeeded(report, config=CONFIG)}").text)
+    assert ("&layer=" in "".join(page.addresses)) == offered
+    assert ("No single layer stands out" in page.words) != stands_out
+
+
+@pytest.mark.parametrize(("agreement", "offered"), [(0.9, True), (1.0, False)])
+def test_without_labels_a_layer_is_offered_where_decisions_differ(
+    web: Client, page_jobs: PageJobs, agreement: float, offered: bool
+) -> None:
+    report = reports.run(labels=False)
+    report["fidelity"]["quantized"]["agreement"] = agreement
+    page = Outline(web.get(f"/page/jobs/{page_jobs.succeeded(report, config=CONFIG)}").text)
+    assert ("&layer=" in "".join(page.addresses)) == offered
+
+
+def test_of_a_target_the_widths_found_are_given_with_a_layer_raised(web: Client, page_jobs: PageJobs) -> None:
+    """What raising it would gain was said of these; with the target the whole search would run again."""
+    wanted = {"target": {"max_accuracy_drop": 100.0}}
+    report = reports.run(**wanted)
+    worst = report["sensitivity"]["layers"][0]
+    config = {"preset": "fast", "seed": 3, "layers": {"fc": {"weight_bits": 4}}, **wanted}
+    job_id = page_jobs.succeeded(report, config=config)
+    words = re.sub(r"\s+", " ", Outline(web.get(f"/page/jobs/{job_id}").text).words)
+    drop = f"{report['target']['drop']:.2f}".replace("-", "\N{MINUS SIGN}")
+    assert f"TargetHelda drop of {drop} points of top-1, at most 100 wanted" in words
+    page = web.get(f"/?again={job_id}&layer={worst['layer']}").text
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    found = report["target"]["candidates"][report["target"]["chosen"]]["layers"]
+    expected = {
+        name: dict(zip(("weight_bits", "activation_bits"), widths, strict=True)) for name, widths in found.items()
+    }
+    expected[worst["layer"]] = dict(zip(("weight_bits", "activation_bits"), worst["raised_bits"], strict=True))
+    assert json.loads(html.unescape(further)) == {"seed": 3, "layers": expected}
+    again = web.get(f"/?again={job_id}").text
+    assert "max_accuracy_drop" in again  # as it was asked for
+
+
+def run_again(web: Client, page_jobs: PageJobs, job_id: str, layer: str, report: dict[str, Any]) -> str:
+    """Raises a layer of a job by its page, and ends the new one with this report."""
+    page = web.get(f"/?again={job_id}&layer={layer}").text
+    (further,) = re.findall(r"<textarea[^>]*>(.*?)</textarea>", page, re.DOTALL)
+    fields = {**hidden(page), **chosen(page), "config": html.unescape(further)}
+    answer = web.post(form_of(page), files={name: (None, value) for name, value in fields.items()}, headers=OWN)
+    assert answer.status_code == 303, answer.text
+    raised = str(answer.headers["location"].rpartition("/")[2])
+    return page_jobs.end(raised, JobState.SUCCEEDED, files={"report": json.dumps(report).encode()})
+
+
+def options(page: str) -> list[tuple[str, bool, str]]:
+    """What a job may be compared with: its id, whether it is chosen, and the words."""
+    (select,) = re.findall(r'<select id="other"[^>]*>(.*?)</select>', page, re.DOTALL)
+    found = re.findall(r'<option value="(\w+)"( selected)?>(.*?)</option>', select)
+    return [(value, bool(selected), html.unescape(words)) for value, selected, words in found]
+
+
+def test_what_was_raised_is_compared_with_what_it_came_of(
+    web: Client, page_jobs: PageJobs, onnx_model: bytes, images: bytes
+) -> None:
+    """Named so that the two can be told apart, in their order, and what was said of the gain beside it."""
+    report = reports.run()
+    worst = report["sensitivity"]["layers"][0]
+    raised_bits = dict(zip(("weight_bits", "activation_bits"), worst["raised_bits"], strict=True))
+    after = reports.run(layers={worst["layer"]: raised_bits})
+    first = submit(web, onnx_model, images, activation_bits="2", method="aquant", preset="fast")
+    job_id = first.headers["location"].rpartition("/")[2]
+    page_jobs.end(job_id, JobState.SUCCEEDED, files={"report": json.dumps(report).encode()})
+    raised = run_again(web, page_jobs, job_id, worst["layer"], after)
+    others = [page_jobs.succeeded(old_report()) for _ in range(2)]
+    title = f"AQuant, W2A2, {worst['layer']} at {'/'.join(map(str, worst['raised_bits']))}"
+    page = web.get(f"/page/jobs/{raised}").text
+    assert title in Outline(page).words
+    found = options(page)
+    assert [job for job, selected, _ in found if selected] == [job_id]
+    assert {job for job, _, _ in found} == {job_id, *others}
+    top1 = f"{100 * report['accuracy']['quantized']['top1']:.2f}"
+    created = web.get(f"/jobs/{job_id}").json()["created_at"][:16].replace("T", " ")
+    (words,) = (words for job, _, words in found if job == job_id)
+    assert words == f"net.onnx, AQuant, W2A2, fast, top-1 {top1}\N{NO-BREAK SPACE}%, {created} UTC, {job_id[:8]}"
+    answer = web.get("/page/compare", params={"job": [raised, job_id]})
+    compared = re.sub(r"\s+", " ", Outline(answer.text).words)
+    assert f"net.onnx AQuant, W2A2 and {title}" in compared  # the older is A, however they were ticked
+    gained = after["accuracy"]["quantized"]["top1"] - report["accuracy"]["quantized"]["top1"]
+    low, high = worst["interval"]
+    said = (
+        f"The report of A said {points(worst['gain'])} ({points(low)} to {points(high)}); gained were {points(gained)}."
+    )
+    assert said in compared
+
+
+def test_a_job_is_again_what_was_run_before_its_forecast(web: Client, page_jobs: PageJobs) -> None:
+    """Also one that is not among the newest any more; of one that is gone nothing is chosen."""
+    first = page_jobs.succeeded(old_report())
+    planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED)
+    last = page_jobs.succeeded(old_report())
+    with page_jobs.sessions.begin() as session:
+        for job_id, earlier in ((planned, first), (last, planned)):
+            job = session.get_one(JobRecord, job_id)
+            job.origin = {**(job.origin or {}), "earlier_job": earlier}
+    for _ in range(pages.ON_A_PAGE):
+        page_jobs.succeeded(old_report())
+    chosen_jobs = [job for job, selected, _ in options(web.get(f"/page/jobs/{last}").text) if selected]
+    assert chosen_jobs == [first]
+    web.delete(f"/jobs/{first}").raise_for_status()
+    assert not any(selected for _, selected, _ in options(web.get(f"/page/jobs/{last}").text))
+
+
 def test_what_was_forecast_is_started_from_its_page(
     web: Client, page_jobs: PageJobs, onnx_model: bytes, images: bytes
 ) -> None:
@@ -494,8 +674,9 @@ def test_what_was_forecast_is_started_from_its_page(
     assert 'id="start"' in page
     fields = {name: (None, html.unescape(value)) for name, value in hidden(page).items()}
     assert fields.keys() == {"model", "calibration", "config"}
-    answer = web.post("/page/jobs", files=fields, headers=OWN)
+    answer, again = (web.post(form_of(page), files=fields, headers=OWN) for _ in range(2))
     assert answer.status_code == 303
+    assert again.headers["location"] == answer.headers["location"]
     planned, started = (web.get(at.removeprefix("/page")).json() for at in (address, answer.headers["location"]))
     assert planned["config"]["dry_run"]
     assert started["config"] == planned["config"] | {"dry_run": False}

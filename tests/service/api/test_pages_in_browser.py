@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import reports
 from browser import Watched
+from cutting_proxy import Cut, cutting_proxy
 from httpx import Client
 from old_reports import old_report
 from page_jobs import CONFIG, PageJobs
@@ -29,10 +31,11 @@ def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
     """Opens an address; nothing may go wrong in any page of it until the test ends."""
     opened: list[Watched] = []
 
-    def go(path: str = "/", expected: tuple[str, ...] = (), **options: object) -> Watched:
-        context = chromium.new_context(base_url=str(web.base_url), reduced_motion="reduce", **options)  # type: ignore[arg-type]
+    def go(path: str = "/", expected: tuple[str, ...] = (), at: str = "", **options: object) -> Watched:
+        base = at or str(web.base_url)
+        context = chromium.new_context(base_url=base, reduced_motion="reduce", **options)  # type: ignore[arg-type]
         context.set_default_timeout(20_000)
-        watched = Watched(context.new_page(), f"{web.base_url.host}:{web.base_url.port}", expected=expected)
+        watched = Watched(context.new_page(), urlsplit(base).netloc, expected=expected)
         opened.append(watched)
         watched.page.goto(path)
         return watched
@@ -49,7 +52,7 @@ def test_every_page_passes_axe_in_light_and_dark(open_page: Open, page_jobs: Pag
     page_jobs.queued()
     files = {"report": json.dumps(reports.planned()).encode()}
     planned = page_jobs.end(page_jobs.queued(config={**CONFIG, "dry_run": True}), JobState.SUCCEEDED, files=files)
-    report = reports.run()
+    report = reports.lossy()
     ranked, worst = page_jobs.succeeded(report), report["sensitivity"]["layers"][0]["layer"]
     watched = open_page("/", expected=("404", "422"))
     paths = [
@@ -96,7 +99,7 @@ def test_the_sign_in_form_passes_axe_and_keeps_the_key(
 def test_a_layer_is_raised_in_two_clicks(
     open_page: Open, page_jobs: PageJobs, web: Client, onnx_model: bytes, images: bytes
 ) -> None:
-    report = reports.run()
+    report = reports.lossy()
     worst = report["sensitivity"]["layers"][0]["layer"]
     form = {"model": ("net.onnx", onnx_model), "calibration": images, "config": (None, json.dumps(CONFIG))}
     job_id = web.post("/jobs", files=form).json()["id"]
@@ -164,6 +167,22 @@ def test_dropped_files_find_their_fields(open_page: Open) -> None:
     expect(page.get_by_role("status")).to_have_text("odd.bin as model")
 
 
+def test_of_two_files_for_one_field_the_first_is_kept_and_that_is_said(open_page: Open) -> None:
+    page = open_page("/").page
+    dropped = page.evaluate_handle(
+        """() => {
+            const dropped = new DataTransfer();
+            for (const name of ['a.onnx', 'b.onnx', 'c.npz']) dropped.items.add(new File(['x'], name));
+            return dropped;
+        }"""
+    )
+    page.dispatch_event("#submission", "drop", {"dataTransfer": dropped})
+    assert page.evaluate("document.getElementById('model').files[0].name") == "a.onnx"
+    left_out = "b.onnx is left out: a.onnx is kept as model"
+    expect(page.get_by_role("status")).to_have_text(f"a.onnx as model, c.npz as calibration. {left_out}")
+    expect(page.get_by_text(left_out).last).to_be_visible()
+
+
 def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, files: dict[str, Path]) -> None:
     page = open_page("/", expected=("422",)).page
     for name, path in files.items():
@@ -176,6 +195,52 @@ def test_what_is_refused_is_said_beside_the_form_which_stays(open_page: Open, fi
     page.locator("#config").fill("")
     page.get_by_role("button", name="Quantize").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
+
+
+def test_without_scripts_a_refused_form_is_still_there_when_one_goes_back(
+    open_page: Open, files: dict[str, Path]
+) -> None:
+    page = open_page("/", ("422", "404"), java_script_enabled=False).page
+    for name, path in files.items():
+        page.locator(f"#{name}").set_input_files(path)
+    page.get_by_label("Weights").select_option("3")
+    page.locator("summary").click()
+    page.locator("#architecture").fill("resnet18")
+    page.locator("#config").fill('{"colour": 1}')
+    page.get_by_role("button", name="Quantize").click()
+    expect(page.locator("main")).to_contain_text("When you go back, most browsers still have the form")
+    page.go_back()
+    expect(page.get_by_label("Weights")).to_have_value("3")
+    expect(page.locator("#architecture")).to_have_value("resnet18")
+    expect(page.locator("#config")).to_have_value('{"colour": 1}')
+    page.goto("/page/jobs/none")
+    expect(page.locator("main")).not_to_contain_text("go back")  # nothing was sent
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_form_whose_answer_was_lost_is_sent_again_for_the_same_job(
+    open_page: Open, web: Client, files: dict[str, Path], scripts: bool
+) -> None:
+    with cutting_proxy(web.base_url.port or 0) as proxy:
+        page = open_page("/", ("ERR_",), proxy.url, java_script_enabled=scripts).page
+        for name, path in files.items():
+            page.locator(f"#{name}").set_input_files(path)
+        # A browser tries again by itself, on each of the connections that it has already.
+        proxy.cuts += [Cut("down", b"POST /page/jobs")] * 20
+        page.get_by_role("button", name="Quantize").click(no_wait_after=True)
+        if scripts:
+            expect(page.locator("#sending")).to_contain_text("whether the job was taken in is not known")
+        else:
+            expect(page).to_have_url(re.compile("^chrome-error:"), timeout=15_000)
+        proxy.cuts.clear()
+        assert len(web.get("/jobs").json()["jobs"]) == 1
+        if scripts:
+            page.get_by_role("button", name="Quantize").click()
+        else:
+            page.reload()  # as its button does, with the form in it
+        expect(page.get_by_role("heading", level=1)).to_contain_text("net.onnx")
+        page.context.close()  # before the proxy, which waits for its connections
+    assert len(web.get("/jobs").json()["jobs"]) == 1
 
 
 @pytest.mark.parametrize("scripts", [True, False])
@@ -241,6 +306,31 @@ def test_a_page_follows_its_job(open_page: Open, page_jobs: PageJobs, stream: bo
     expect(page).to_have_title(re.compile("residual.onnx: Stopping"))
 
 
+@pytest.mark.parametrize("status", [None, 502])
+@pytest.mark.parametrize("of_a_job", [True, False])
+def test_a_page_says_that_the_service_is_gone_and_that_it_is_back(
+    open_page: Open, page_jobs: PageJobs, of_a_job: bool, status: int | None
+) -> None:
+    job_id = page_jobs.running(100)
+    path = f"/page/jobs/{job_id}" if of_a_job else "/"
+    page = open_page(path, expected=("ERR_FAILED", "502")).page
+    line, said = page.locator("#away"), page.get_by_role("status")
+    expect(line).to_be_hidden()
+    page.route("**", lambda route: route.abort() if status is None else route.fulfill(status=status))
+    page_jobs.go_on(job_id, 200)
+    what = "does not answer" if status is None else "answers with status 502"
+    words = re.compile(rf"^The service {what}; what is shown is of \d\d:\d\d UTC. Trying again.$")
+    expect(line).to_have_text(words, timeout=15_000)
+    expect(line).to_be_in_viewport()
+    expect(said).to_have_text(words)
+    expect(page.locator("#standing" if of_a_job else "#list")).not_to_contain_text("200 of 300")
+    page.unroute("**")
+    expect(line).to_be_hidden()
+    expect(said).to_have_text("The service answers again.")
+    if of_a_job:
+        expect(page.locator("#standing")).to_contain_text("iteration 200 of 300")
+
+
 def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, page_jobs: PageJobs) -> None:
     done = page_jobs.succeeded(old_report())
     running = page_jobs.running(100)
@@ -250,7 +340,7 @@ def test_the_list_follows_its_jobs_and_keeps_what_is_ticked(open_page: Open, pag
     expect(page.get_by_role("link", name="another.onnx")).to_be_visible()
     assert page.locator(f"#tick-{done}").is_checked()
     page.locator(f"#cancel-{running}").click()
-    expect(page.locator("#standing")).to_contain_text("Stopping")
+    expect(page.locator("#list")).to_contain_text("Stopping")
 
 
 def test_uploads_cannot_run_scripts(open_page: Open, page_jobs: PageJobs) -> None:

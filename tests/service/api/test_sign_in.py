@@ -57,7 +57,9 @@ def test_bad_keys_are_refused_in_words(
         return Outline(answer.text).words
 
     key = ada["Authorization"].removeprefix("Bearer ")
-    assert "not one of this service" in problem(signed_in(web, key=key[:-1] + "!"))
+    refused = problem(signed_in(web, key=key[:-1] + "!"))
+    assert "not one of this service" in refused
+    assert "Authorization" not in refused
     assert "needs an API key" in problem(signed_in(web, key=""))
     metrics = make_key("ada", scope="metrics")["Authorization"].removeprefix("Bearer ")
     assert "is for metrics" in problem(signed_in(web, key=metrics))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from old_reports import old_report
 
-from aquant_core.report.schema import LayerSqnr, Report
+from aquant_core.config import LayerOverride
+from aquant_core.report.schema import LayerSqnr, Report, SensitiveLayer, Sensitivity
 from service.pages.comparison import Score, compare, difference_interval
 
 NAMES = ("A", "B")
@@ -63,6 +64,33 @@ def test_without_labels_in_both_it_is_the_agreement_that_counts() -> None:
     found = compare(first, second, NAMES)
     assert found.metric == "Agreement with the float network"
     assert found.first.value == first.fidelity.quantized.agreement
+
+
+def test_what_was_said_of_a_gain_is_told_of_that_layer_alone() -> None:
+    first, second = reports()
+    worst = SensitiveLayer(
+        layer=first.layers[1].name, bits=[2, 2], raised_bits=[4, 4], gain=0.0017, interval=[-0.0066, 0.0102],
+        cost_bytes=1,
+    )  # fmt: skip
+    first.sensitivity = Sensitivity(metric="top1", n=100, layers=[worst])
+    assert compare(first, second, NAMES).promise is None
+    raised = second.layers[1]
+    raised.weight_bits, raised.activation_bits = 4, 4
+    promise = compare(first, second, NAMES).promise
+    assert promise is not None
+    assert (promise.layer, promise.bits, promise.gain) == (raised.name, (4, 4), 0.0017)
+    assert promise.interval == [-0.0066, 0.0102]
+    assert compare(second, first, NAMES).promise is None
+    second.config = second.config.model_copy(update={"layers": {raised.name: LayerOverride(weight_bits=4)}})
+    assert compare(first, second, NAMES).promise is not None
+    for change in ({"seed": 9}, {"activation_bits": 4}, {"preset": "paper"}):
+        other = second.model_copy(update={"config": second.config.model_copy(update=change)})
+        assert compare(first, other, NAMES).promise is None
+    for changes in ({"metric": "agreement"}, {"layers": [worst.model_copy(update={"raised_bits": [4, 2]})]}):
+        without = first.model_copy(update={"sensitivity": first.sensitivity.model_copy(update=changes)})
+        assert compare(without, second, NAMES).promise is None
+    second.layers[2].weight_bits = 4
+    assert compare(first, second, NAMES).promise is None
 
 
 def test_layers_are_paired_by_name() -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from aquant_core.progress import Stage
+from aquant_core.report.schema import Target
 from service.jobs.schemas import JobDocument
 from service.pages.progress import STAGES, Happened, blocks_of, facts_of, in_short, settings_of, stages_of, waiting_for
 
@@ -63,7 +64,7 @@ def test_a_screen_reader_is_told_of_blocks_and_not_of_seconds() -> None:
 
 @pytest.mark.parametrize(
     ("workers", "position", "words"),
-    [(0, 3, "for a worker to start"), (1, 0, "its turn"), (1, 1, "for 1 older job"), (2, 4, "for 4 older jobs")],
+    [(0, 3, "for a worker to start"), (1, 0, "first in line"), (2, 4, "number 5 in line")],
 )
 def test_what_a_queued_job_waits_for(workers: int, position: int, words: str) -> None:
     assert waiting_for(job(state="queued", workers=workers, queue_position=position)) == words
@@ -100,6 +101,21 @@ def test_time_is_left_only_while_there_are_blocks_to_learn(changes: dict[str, An
     stage = changes.pop("stage")
     facts = facts_of(job(stage=stage, config=config, progress={"blocks": 3, "method": "aquant"} | changes))
     assert facts[-1] == ("Time left", left, remark)
+
+
+@pytest.mark.parametrize(
+    ("held", "metric", "remark"),
+    [
+        (True, "top1", "a drop of 0.25 points of top-1, at most 0.5 wanted"),
+        (False, "agreement", "a drop of 0.25 points of agreement, at most 0.5 wanted"),
+    ],
+)
+def test_whether_a_target_was_held_is_a_fact(held: bool, metric: str, remark: str) -> None:
+    target = Target(
+        max_accuracy_drop=0.5, metric=metric, n=10, held=held, drop=0.25, interval=[0.0, 0.5], candidates=[], chosen=0
+    )
+    ended = job(state="succeeded", stage="save", finished_at=AT)
+    assert facts_of(ended, target)[-1] == ("Target", "Held" if held else "Not held", remark)
 
 
 def test_settings_that_go_without_saying_are_left_out() -> None:
