@@ -299,7 +299,7 @@ def test_a_dry_run_prints_the_plan_and_writes_no_checkpoint(folder: Path, tmp_pa
     arguments = [folder / "float.onnx", "--calibration", folder / "images.npy", *BITS, "--dry-run", "-o", output]
     arguments += ["--report", tmp_path / "plan.html"]
     shown = run("quantize", *arguments).stdout
-    assert shown.startswith("AQuant, 4-bit weights, 4-bit activations: what it would take")
+    assert shown.startswith("float.onnx: AQuant, 4-bit weights, 4-bit activations: what it would take")
     assert "\nmemory     up to " in shown
     result = run("quantize", *arguments, "--json")
     assert result.exit_code == 0, result.output
