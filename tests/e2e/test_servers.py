@@ -54,5 +54,5 @@ def test_job_from_upload_to_deletion(storage: Storage, s3: S3, tmp_path: Path) -
         )  # other jobs may name them, until they expire
         with pytest.raises(ServiceProblemError, match="There is no job"):
             client.get(job.id)
-    assert sorted(path.name for path in settings.data_dir.iterdir()) == ["broker", "logs", "work"]
+    assert sorted(path.name for path in settings.data_dir.iterdir()) == ["broker", "logs", "up.lock", "work"]
     assert s3.unfinished_uploads() == []
