@@ -23,7 +23,7 @@ from aquant_core.report.formats import FILTERS, method
 from aquant_core.report.naming import heading
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, SqnrRow
-from aquant_core.report.schema import Accuracy, Difference, Fidelity, Layer, Report, Value
+from aquant_core.report.schema import Difference, Layer, Report, Value
 
 
 def render(report: Mapping[str, Any], origin: str = "") -> str:
@@ -101,13 +101,6 @@ def _environment() -> Environment:
 
 def _methods(report: Report) -> list[dict[str, Any]]:
     """Float, to nearest, those compared with the chosen method, and it: what each is worth."""
-    table = report.accuracy
-    rows: list[tuple[str, Accuracy | None, Fidelity | None]] = [("float", None if table is None else table.float, None)]
-    others = [row for row in report.comparison if row.method != report.method]
-    if "nearest" not in (report.method, *(row.method for row in others)):
-        rows.append(("nearest", None if table is None else table.nearest, report.fidelity.nearest))
-    rows += [(row.method, row.accuracy, row.fidelity) for row in others]
-    rows.append((report.method, None if table is None else table.quantized, report.fidelity.quantized))
     to_float = {each.method: each for each in report.differences if each.baseline == "float"}
     return [
         {
@@ -117,7 +110,7 @@ def _methods(report: Report) -> list[dict[str, Any]]:
             "chosen": name == report.method,
             "to_float": to_float.get(name),
         }
-        for name, accuracy, fidelity in rows
+        for name, accuracy, fidelity in report.measured()
     ]
 
 

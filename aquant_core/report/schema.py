@@ -349,3 +349,15 @@ class Report(BaseModel):
     warnings: list[str] = []
     seconds: float
     stages: Annotated[dict[str, float] | None, Field(description="Seconds of each stage.")] = None
+
+    def measured(self) -> list[tuple[str, Accuracy | None, Fidelity | None]]:
+        """Float, to nearest, the methods compared with the chosen one, and it: what each is worth."""
+        table = self.accuracy
+        rows: list[tuple[str, Accuracy | None, Fidelity | None]]
+        rows = [("float", None if table is None else table.float, None)]
+        others = [row for row in self.comparison if row.method != self.method]
+        if "nearest" not in (self.method, *(row.method for row in others)):
+            rows.append(("nearest", None if table is None else table.nearest, self.fidelity.nearest))
+        rows += [(row.method, row.accuracy, row.fidelity) for row in others]
+        rows.append((self.method, None if table is None else table.quantized, self.fidelity.quantized))
+        return rows

@@ -11,7 +11,7 @@ from aquant_core.report import formats
 from aquant_core.report.advice import MEASURES, Advice, advice_of
 from aquant_core.report.naming import heading
 from aquant_core.report.plan import Plan
-from aquant_core.report.schema import Accuracy, Difference, Fidelity, Report, SensitiveLayer
+from aquant_core.report.schema import Difference, Report, SensitiveLayer
 
 FIRST_LAYERS = 5
 """So many of the layers that hurt most are named."""
@@ -67,16 +67,9 @@ def ending(document: Mapping[str, Any]) -> list[str]:
 
 def _methods(report: Report) -> list[str]:
     """The table of accuracies; without labels, of agreements."""
-    rows: list[tuple[str, Accuracy | None, Fidelity | None]]
-    table = report.accuracy
-    rows = [("float", None if table is None else table.float, None)]
-    others = [row for row in report.comparison if row.method != report.method]
-    if "nearest" not in (report.method, *(row.method for row in others)):
-        rows.append(("nearest", None if table is None else table.nearest, report.fidelity.nearest))
-    rows += [(row.method, row.accuracy, row.fidelity) for row in others]
-    rows.append((report.method, None if table is None else table.quantized, report.fidelity.quantized))
+    rows = report.measured()
     to_float = {each.method: each for each in report.differences if each.baseline == "float"}
-    if table is None:
+    if report.accuracy is None:
         cells = [
             [formats.method(name), _percent(each.agreement), _interval(each.interval)]
             for name, _, each in rows
