@@ -246,7 +246,7 @@ class QuantizationConfig(_Strict, json_schema_extra=_bits_or_target):
     ] = None
     sensitivity: Annotated[
         bool,
-        Field(description="Measure what more bits for a layer would gain; takes up to a quarter of the run's time."),
+        Field(description="Measure what more bits for a layer would gain; takes about a quarter of the run's time."),
     ] = True
 
     @model_validator(mode="before")

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from aquant_core.config import FLOAT_BITS, PresetName
 from aquant_core.report.advice import advice_of
-from aquant_core.report.formats import NAMES
+from aquant_core.report.formats import method
 from aquant_core.report.plan import Plan
 from aquant_core.report.plots import Bar, accuracy_bars
 from aquant_core.report.schema import Report
@@ -337,8 +337,5 @@ def _accuracy_plot(report: Report) -> object:
         return None
     table = report.accuracy
     rows = (("float", table.float), ("nearest", table.nearest), (report.method, table.quantized))
-    bars = [
-        Bar(NAMES.get(name, name), row.top1, row.interval, "chosen" if row is table.quantized else "")
-        for name, row in rows
-    ]
+    bars = [Bar(method(name), row.top1, row.interval, "chosen" if row is table.quantized else "") for name, row in rows]
     return accuracy_bars(bars, "Top-1 accuracy", "accuracy")

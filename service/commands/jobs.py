@@ -15,7 +15,6 @@ from service.commands.results import unknown_version
 from service.jobs.states import Device, JobState
 
 if TYPE_CHECKING:
-    from aquant_core.config import QuantizationConfig
     from service.client import Client
     from service.jobs.schemas import JobDocument
 
@@ -153,23 +152,15 @@ def _tell_result(client: Client, job_id: str) -> None:
 
 def _task(job: JobDocument) -> str:
     """What a job is to do, in a few words."""
+    from aquant_core.report.naming import other_layers
+
     config = job.config
     bits = f"W{config.weight_bits}A{config.activation_bits}"
-    if config.layers:
-        bits += f" ({_raised(config)})"
+    if others := other_layers(config):
+        bits += f" ({others})"
     if config.target is not None:
         bits = f"target {config.target.max_accuracy_drop:g} from {bits}"
     return f"{config.method} {bits} {config.preset}{' (dry run)' if config.dry_run else ''}"
-
-
-def _raised(config: QuantizationConfig) -> str:
-    """The layer with bits of its own, or how many have them."""
-    if len(config.layers) > 1:
-        return f"{len(config.layers)} layers otherwise"
-    ((name, own),) = config.layers.items()
-    widths = {"W": own.weight_bits, "A": own.activation_bits}
-    said = "".join(f"{letter}{width}" for letter, width in widths.items() if width is not None)
-    return f"{name} {said}".rstrip()
 
 
 def _facts(job: JobDocument) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from aquant_core.config import QuantizationConfig
 from aquant_core.report.commands import brief
@@ -22,21 +22,24 @@ class Draft:
     """The form before anybody has changed it.
 
     Attributes:
-        config: what its fields say.
         further: the rest of the configuration as JSON, or nothing.
         job: whose files are taken, unless others are sent.
     """
 
-    config: QuantizationConfig = _USUAL
     further: str = ""
     job: JobDocument | None = None
+
+    @property
+    def config(self) -> QuantizationConfig:
+        """What its fields say."""
+        return _USUAL if self.job is None else self.job.config
 
     @property
     def filenames(self) -> dict[UploadName, str]:
         """The earlier job's files, by what they are called."""
         if self.job is None:
             return {}
-        names: tuple[UploadName, ...] = ("model", "calibration", "evaluation")
+        names: tuple[UploadName, ...] = get_args(UploadName)
         found = {name: self.job.files[name] for name in names if name in self.job.files}
         return {name: file.filename or f"sha256:{file.sha256[:12]}" for name, file in found.items()}
 
@@ -58,7 +61,7 @@ def again(job: JobDocument, raised: SensitiveLayer | None = None, target: Target
             further["layers"] = {name: _override(*widths) for name, widths in found.items()}
         further["layers"] = {**further.get("layers", {}), raised.layer: _override(weight_bits, activation_bits)}
     said = json.dumps(further, indent=1) if further else ""
-    return Draft(job.config, said, job)
+    return Draft(said, job)
 
 
 def _override(weight_bits: int, activation_bits: int) -> dict[str, Any]:

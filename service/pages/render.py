@@ -13,7 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from aquant_core.config import QuantizationConfig
-from aquant_core.report.formats import FILTERS, NAMES, bits, duration
+from aquant_core.report.formats import FILTERS, NAMES, bits, duration, method
+from aquant_core.report.naming import other_layers
 
 STATIC: Mapping[str, tuple[str, str]] = {
     # The report's own style is the page's, too: one look, and its plots are drawn with it.
@@ -27,10 +28,6 @@ STATIC: Mapping[str, tuple[str, str]] = {
     "docs.js": (f"{__package__}.static", "text/javascript"),
 }
 """Where each static file lies, and its type."""
-
-
-_LETTERS = 40
-"""Of a layer's name, in a job's title."""
 
 
 @cache
@@ -55,25 +52,10 @@ def render(template: str, **values: Any) -> str:
 
 def title_of(config: QuantizationConfig) -> str:
     """What a job does, in a few words."""
-    name = NAMES.get(config.method, config.method)
     widths = "bits by target" if config.target else f"W{bits(config.weight_bits)}A{bits(config.activation_bits)}"
     seed = f"seed {config.seed}" if config.seed else ""
-    return ", ".join(filter(None, [name, widths, _layers_of(config), seed, "dry run" if config.dry_run else ""]))
-
-
-def _layers_of(config: QuantizationConfig) -> str:
-    """Which layer has other bits than the network, or how many have."""
-    usual = config.weight_bits, config.activation_bits
-    given = {
-        name: (layer.weight_bits or usual[0], layer.activation_bits or usual[1])
-        for name, layer in config.layers.items()
-    }
-    others = {name: widths for name, widths in given.items() if widths != usual}
-    if len(others) > 1:
-        return f"{len(others)} layers at other bits"
-    called = (name if len(name) <= _LETTERS else f"{name[:_LETTERS]}\N{HORIZONTAL ELLIPSIS}" for name in others)
-    return "".join(
-        f"{name} at {'/'.join(map(bits, given))}" for name, given in zip(called, others.values(), strict=True)
+    return ", ".join(
+        filter(None, [method(config.method), widths, other_layers(config), seed, "dry run" if config.dry_run else ""])
     )
 
 
@@ -98,7 +80,6 @@ def _environment() -> Environment:
     )
     environment.filters |= FILTERS | {
         "about": about,
-        "method": lambda name: NAMES.get(name, name),
         "title_of": title_of,
         "when": when,
     }

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -31,9 +32,9 @@ def open_page(chromium: Browser, web: Client) -> Iterator[Open]:
     """Opens an address; nothing may go wrong in any page of it until the test ends."""
     opened: list[Watched] = []
 
-    def go(path: str = "/", expected: tuple[str, ...] = (), at: str = "", **options: object) -> Watched:
+    def go(path: str = "/", expected: tuple[str, ...] = (), at: str = "", **options: Any) -> Watched:
         base = at or str(web.base_url)
-        context = chromium.new_context(base_url=base, reduced_motion="reduce", **options)  # type: ignore[arg-type]
+        context = chromium.new_context(base_url=base, reduced_motion="reduce", **options)
         context.set_default_timeout(20_000)
         watched = Watched(context.new_page(), urlsplit(base).netloc, expected=expected)
         opened.append(watched)

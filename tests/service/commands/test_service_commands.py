@@ -185,21 +185,28 @@ def test_lists_tell_jobs_apart(aquant: Aquant, web: httpx.Client, onnx_model: by
         ("m", {"weight_bits": 4, "activation_bits": 8, "method": "nearest", "dry_run": True}),
         ("n", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4, "activation_bits": 6}}}),
         ("o", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}}}),
-        ("p", {"weight_bits": 2, "activation_bits": 2, "layers": {"fc": {"weight_bits": 4}, "conv": {}}}),
+        (
+            "p",
+            {
+                "weight_bits": 2,
+                "activation_bits": 2,
+                "layers": {"fc": {"weight_bits": 4}, "conv": {"activation_bits": 4}},
+            },
+        ),
     ):
         parts = {"config": (None, json.dumps(config)), "model": (name, onnx_model), "calibration": ("c", images)}
         assert web.post("/jobs", files=parts).status_code == 202
     lines = [line.split(" queued ")[1].strip() for line in reversed(aquant("list").out.splitlines())]
     assert lines == [
-        "aquant target 0.5 from W2A2 paper      net.onnx",
-        "nearest W4A8 fast (dry run)            m",
-        "aquant W2A2 (fc W4A6) fast             n",
-        "aquant W2A2 (fc W4) fast               o",
-        "aquant W2A2 (2 layers otherwise) fast  p",
+        "aquant target 0.5 from W2A2 paper          net.onnx",
+        "nearest W4A8 fast (dry run)                m",
+        "aquant W2A2 (fc at 4/6) fast               n",
+        "aquant W2A2 (fc at 4/2) fast               o",
+        "aquant W2A2 (2 layers at other bits) fast  p",
     ]
     shown = aquant("show", aquant("list", "--limit", 1, "--json").document["jobs"][0]["id"]).out
     assert "network     p\n" in shown
-    assert "config      aquant W2A2 (2 layers otherwise) fast, seed 0\n" in shown
+    assert "config      aquant W2A2 (2 layers at other bits) fast, seed 0\n" in shown
 
 
 @in_a_folder
